@@ -157,8 +157,8 @@ class IResNet(nn.Module):
             return self.features(self.fc(x.float()))
 
 
-OTHER_LAYOUTS = {"input_layer.": "AdaFace's network", "layer1.0.bn2.": "torchvision's ResNet",
-                 "features.module.": "MagFace: BGR input, another batch norm", "": "none we know"}
+OTHER_LAYOUTS = {"features.module.": "MagFace's: BGR input, another batch norm", "input_layer.":
+                 "AdaFace's network", "layer1.0.bn2.": "torchvision's ResNet", "": "none we know"}
 
 
 def load_backbone(path):

@@ -1,155 +1,367 @@
 # SPDX-License-Identifier: MIT
-"""Train a face recogniser on sharp and degraded faces: python train.py --data ms1m --maug 1:1:2 --loss logexp
+"""Train a face recogniser on sharp and degraded faces: python train.py --data ms1m --maug 1:1:2
 
-Needs nothing but a folder of identities; without --data it draws its own faces. `--maug none --loss none`
-is the paper's baseline.
+Without --data it draws its own faces. `--maug none --loss none` is the paper's baseline. A run
+leaves in its folder: last.pt (weights and arguments), log.jsonl, and faces.png: what it learns.
 """
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from evaluate import (SIZE, autocast, clock, keep_memory, make_pairs, print_table, read_image, to_input,
-                      verify, write_file)
-from lrfr import ArcFace, DEPTHS, DISTANCES, IResNet, LRFR, MAug, degrade, load_backbone, parse_ratio
+from evaluate import (SIZE, add_device_options, autocast, clock, keep_memory, make_pairs, number,
+                      print_table, read_image, run, to_input, verify, write_file)
+from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
+                  logexp_loss, parse_ratio)
 
-# ------------------------------------------------------------------------------------------------
-# Data: `sources` are paths or the bytes of image files, `labels` their identities
+# ---- 1. Data ------------------------------------------------------------------------------------
 
 
 class Faces(Dataset):
-    """Images with labels 0 .. classes - 1; item i is (3, 112, 112) uint8 and its label."""
+    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB and its label.
+
+    sources: paths, or the bytes of image files.
+    """
 
     def __init__(self, sources, labels):
         self.sources, self.labels = sources, np.asarray(labels)
         self.classes = int(self.labels.max()) + 1
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.sources)
 
     def __getitem__(self, i):
         return read_image(self.sources[i]), int(self.labels[i])
 
     def split(self, count):
-        """The first identities for training, the last `count` held out: two sets."""
-        kept = self.labels < self.classes - count
-        parts = [[i for i in np.flatnonzero(mask)] for mask in (kept, ~kept)]
-        train, held = ([self.sources[i] for i in part] for part in parts)
-        return Faces(train, self.labels[parts[0]]), Faces(held, self.labels[parts[1]] - self.classes + count)
+        """Two sets: all but the last `count` identities, and those."""
+        first = np.searchsorted(self.labels, self.classes - count)  # labels are in ascending order
+        return (Faces(self.sources[:first], self.labels[:first]),
+                Faces(self.sources[first:], self.labels[first:] - self.labels[first]))
 
 
 def image_folder(root):
-    """root/identity/image -> Faces; identities and images in sorted order."""
-    sources, labels, classes = [], [], 0
+    """`root`/identity/image.jpg (or .png ...) -> Faces, identities and images in sorted order."""
+    sources, labels = [], []
     for identity in sorted(entry.path for entry in os.scandir(root) if entry.is_dir()):
-        images = sorted(e.path for e in os.scandir(identity)
-                        if e.name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp")))
-        sources += images
-        labels += [classes] * len(images)
-        classes += bool(images)
-    if classes < 2:
-        raise ValueError(f"{root}: {len(sources)} images of {classes} identities; expected "
-                         f"{os.path.join(root, 'identity', 'image.jpg')}, two identities or more")
+        images = sorted(entry.path for entry in os.scandir(identity) if entry.name.lower().endswith(
+            (".jpg", ".jpeg", ".png", ".bmp", ".webp")))
+        label = labels[-1] + 1 if labels else 0
+        sources, labels = sources + images, labels + [label] * len(images)
+    if not labels or labels[-1] == 0:
+        raise ValueError(f"{root}: {len(sources)} images of {len(set(labels))} identities; two or "
+                         f"more are needed, as {os.path.join(root, 'identity', 'image.jpg')}")
     return Faces(sources, labels)
 
 
-def open_data(name):
-    for root in (name, os.path.join("data", name)):
-        if os.path.isdir(root):
-            return image_folder(root)
-    raise ValueError(f"--data {name}: neither a folder {name} nor {os.path.join('data', name)}; "
-                     "put the aligned 112 x 112 faces there as identity/image.jpg, or use --data demo")
+def draw_faces(traits, rng):
+    """Traits (N, 24) of people, in [-1, 1] -> (N, 112, 112, 3) uint8, one picture of each.
+
+    The traits are what makes a person; pose, expression, light, background and noise come from rng.
+    A face is a pile of soft ellipses, in units where the picture reaches from -1 to 1.
+    """
+    n, t = len(traits), traits.view(len(traits), -1, 1, 1).unbind(1)  # 24 times (N, 1, 1)
+    yaw, pitch, roll, near, right, down, smile, gaze, lit_x, lit_y, bright, warm = torch.randn(
+        12, n, 1, 1, generator=rng).clamp(-2, 2)
+    v, u = torch.meshgrid(*[torch.linspace(-1, 1, SIZE)] * 2, indexing="ij")
+    x, y, size = u - 0.05 * right, v - 0.05 * down - 0.05, 1.15 + 0.06 * near
+    cos, sin = (0.1 * roll).cos() / size, (0.1 * roll).sin() / size
+    x, y = x * cos + y * sin, y * cos - x * sin
+    canvas = (0.5 + 0.2 * torch.randn(n, 1, 1, 1, generator=rng)
+              + 0.1 * torch.randn(n, 3, 1, 1, generator=rng)
+              + 0.1 * (v * lit_y + u * lit_x)[:, None])
+
+    def rgb(*channels):
+        return torch.stack(channels, 1)  # (N, 3, 1, 1)
+
+    def ellipse(cx, cy, rx, ry, colour, depth=0.0, tilt=0.0, bend=0.0, edge=0.03):
+        nonlocal canvas
+        dx = x - cx - 0.06 * depth * yaw  # what is nearer moves further when the head turns
+        dy = y - cy - 0.05 * depth * pitch
+        dx, dy = dx + tilt * dy, dy - tilt * dx
+        outside = ((dx / rx).square() + ((dy + bend * dx.square()) / ry).square()).sqrt() - 1
+        radius = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
+        canvas = torch.lerp(canvas, colour, torch.sigmoid(-3 * outside * radius / edge)[:, None])
+
+    tone, dark = 0.66 + 0.2 * t[0], 0.28 + 0.24 * t[2]
+    skin = rgb(tone + 0.12, tone - 0.06 + 0.03 * t[1], tone - 0.2 - 0.05 * t[1])
+    hair = rgb(dark + 0.06, dark + 0.06 * t[3], dark - 0.08 + 0.05 * t[3])
+    lips = rgb(0.68 + 0.15 * t[0], 0.32 + 0.1 * t[0], 0.34 + 0.1 * t[0])
+    iris = rgb(0.3 + 0.12 * t[17], 0.28 + 0.1 * t[17], 0.28 - 0.2 * t[17])
+    wide, tall, nose, mouth = (0.56 + 0.07 * t[4], 0.76 + 0.07 * t[5], 0.1 + 0.03 * t[23],
+                               0.2 + 0.05 * t[1])
+    ellipse(0, -0.16, wide + 0.13 + 0.06 * t[7], 0.72 + 0.06 * t[7], hair, -0.6)
+    ellipse(0, 0.25, wide + 0.1, 0.42 + 0.5 * t[8], hair, -0.8)  # down to the ears, or to the neck
+    ellipse(0, 0.95, 0.34 + 0.05 * t[4], 0.5, skin * 0.8, -0.8)  # neck
+    for side in (-1, 1):
+        ellipse(side * (wide + 0.02), 0.02, 0.08, 0.16 + 0.04 * t[9], skin * 0.85, -0.5)
+    ellipse(0, 0.02, wide, tall, skin, 0.2)
+    ellipse(0, 0.34, wide * (0.82 + 0.12 * t[10]), tall * 0.58, skin, 0.2)  # jaw
+    ellipse(0.25 * t[11], 0.14 * t[6] - 0.66, wide * 0.98, 0.24, hair, 0.1, bend=-0.3 * t[12])
+    beard = F.relu(t[13] - 0.2)
+    ellipse(0, 0.58, wide * 0.75, 0.26 + 0.1 * beard,
+            torch.where(beard[:, None] > 0, hair, skin), 0.3, edge=0.12)
+    eye_x, eye_y, eye, lid = (0.25 + 0.045 * t[14], 0.04 * t[15] - 0.08, 0.1 + 0.022 * t[16],
+                              0.055 + 0.012 * t[18] + 0.008 * gaze)
+    for side in (-1, 1):
+        ellipse(side * eye_x, eye_y, eye + 0.035, lid + 0.035, skin * 0.82, 0.35)
+        ellipse(side * eye_x, eye_y, eye, lid, 0 * skin + 0.94, 0.4, 0.15 * side * t[19], edge=0.02)
+        for radius, colour in ((0.05, iris), (0.024, iris * 0.2)):
+            ellipse(side * eye_x + 0.02 * gaze, eye_y, radius, radius, colour, 0.4, edge=0.02)
+        ellipse(side * eye_x * 1.02, eye_y - 0.16 - 0.04 * t[20] - 0.01 * smile, 0.16,
+                0.03 + 0.016 * t[21], hair * 0.8, 0.4, side * (0.18 * t[22] - 0.05), bend=-0.8)
+        ellipse(side * nose * 0.5, 0.31 + 0.03 * t[5], 0.028, 0.018, skin * 0.5, 0.9)
+    ellipse(0, 0.12, nose * 0.5, 0.2, skin * 1.06, 0.8, edge=0.05)
+    ellipse(0, 0.28 + 0.03 * t[5], nose, 0.06, skin * 0.9, 0.9)
+    ellipse(0, 0.53, mouth + 0.015 * smile, 0.055 + 0.02 * t[3], lips, 0.6, bend=0.6 * smile + 0.5)
+    ellipse(0, 0.53, mouth * 0.85, 0.016 + 0.012 * F.relu(smile), lips * 0.45, 0.6,
+            bend=0.6 * smile + 0.5)
+    light = (1 + 0.16 * bright + 0.2 * lit_x * u + 0.12 * lit_y * v)[:, None]
+    canvas = canvas * light * (1 + 0.07 * rgb(warm, 0 * warm, -warm))
+    canvas = canvas + 0.03 * torch.randn(canvas.shape, generator=rng)
+    return (canvas.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+
+
+def demo_faces(people, pictures, seed):
+    """Synthetic people, with so many pictures of each, as Faces whose sources are JPEG files."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(people).repeat_interleave(pictures)
+    traits = (torch.rand(people, 24, generator=rng) * 2 - 1)[labels]
+
+    def jpeg(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
+        return file.getvalue()
+
+    with ThreadPoolExecutor(4) as pool:
+        return Faces([source for part in traits.split(32)
+                      for source in pool.map(jpeg, draw_faces(part, rng))], labels)
+
+
+def open_data(name, holdout):
+    """--data -> the identities to train on, and those held out (None for none)."""
+    if name == "demo":
+        print("drawing the demo's faces", flush=True)
+        return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2)
+    root = next((path for path in (name, os.path.join("data", name)) if os.path.isdir(path)), None)
+    if root is None:
+        raise ValueError(f"--data {name}: no folder {name}, no {os.path.join('data', name)}; put "
+                         "aligned 112 x 112 faces there as identity/image.jpg, or try --data demo")
+    faces = image_folder(root)
+    count = min(100, faces.classes // 20) if holdout is None else holdout
+    if count > faces.classes - 2:
+        raise ValueError(f"--holdout {count} of {faces.classes} identities leaves fewer than two")
+    return faces.split(count) if count else (faces, None)
+
+
+class Batches:
+    """Which images each step takes: a new order every epoch, a function of seed and step alone."""
+
+    def __init__(self, images, batch_size, seed, steps):
+        self.images, self.batch_size, self.seed, self.steps = images, batch_size, seed, steps
+
+    def __iter__(self):
+        per_epoch = self.images // self.batch_size
+        for step in range(self.steps):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+            yield order[i * self.batch_size:][:self.batch_size]
+
+    def __len__(self):
+        return self.steps
+
+
+def jitter(images, strength):
+    """Random scale, turn, shift, contrast and brightness: fewer people are learnt by heart."""
+    scale, turn, right, down, contrast, bright = strength * (torch.rand(6, len(images)) * 2 - 1)
+    cos, sin = (1 + 0.15 * scale) * (0.15 * turn).cos(), (1 + 0.15 * scale) * (0.15 * turn).sin()
+    affine = torch.stack([cos, -sin, 0.1 * right, sin, cos, 0.1 * down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, images.shape, align_corners=False).to(images.device)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    gain, offset = (0.3 * z.view(-1, 1, 1, 1).to(images.device) for z in (contrast, bright))
+    return (images * (1 + gain) + offset).clamp(-1, 1)
+
+
+def save_faces(path, faces, resolutions):
+    """A picture of eight training faces, each beside its degraded versions."""
+    chosen = np.linspace(0, len(faces) - 1, 8).astype(int)
+    sharp = to_input(torch.stack([faces[i][0] for i in chosen]), "cpu")
+    tiles = torch.stack([sharp, *(degrade(sharp, px) for px in resolutions)], 1)  # (8, R, 3, y, x)
+    tiles = tiles.unflatten(0, (4, 2)).permute(0, 4, 1, 2, 5, 3)  # rows, y, columns, R, x, colour
+    pixels = ((tiles + 1) * 127.5).round().byte().flatten(2, 4).flatten(0, 1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    write_file(path, file.getvalue())
+
+
+# ---- 2. Training --------------------------------------------------------------------------------
+
+RECIPE = {  # option: (for real data, for the demo)
+    "backbone": ("r50", "r10"), "width": (64, 16), "scale": (64.0, 32.0), "margin": (0.5, 0.3),
+    "epochs": (20, 5), "batch_size": (128, 64), "lr": (0.02, 0.1)}
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def add(name, text, **options):
+        key = name[2:].replace("-", "_")
+        if key in RECIPE:
+            options["default"] = argparse.SUPPRESS
+            text += f" (default: {RECIPE[key][0]}; with the demo: {RECIPE[key][1]})"
+        parser.add_argument(name, help=text, **options)
+
+    add("--data", "folder of identity/image.jpg, its name under data/, or demo: drawn faces",
+        default="demo")
+    add("--maug", "ratio of the resolutions, or none", default="1:1:2")
+    add("--resolutions", "of MAug, in pixels", type=number(int, 1), nargs="+", default=[7, 14, 20],
+        metavar="PX")
+    add("--loss", "distance between sharp and degraded", choices=["logexp", "l1", "l2", "none"],
+        default="logexp")
+    add("--p", "exponent of the LogExp distance", type=number(float, 1), default=1.0)
+    add("--weight", "lambda, weight of the distance", type=number(float, 0), default=1.0)
+    add("--backbone", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
+    add("--width", "channels of its first stage; InsightFace: 64; under 16 oneDNN crashes",
+        type=number(int, 16))
+    add("--dropout", "before the last layer", type=number(float, 0), default=0.0)
+    add("--scale", "s of ArcFace", type=number(float, 0))
+    add("--margin", "m of ArcFace, in radians", type=number(float, 0))
+    add("--epochs", "passes over the data", type=number(int, 1))
+    add("--batch-size", "faces per step", type=number(int, 2))
+    add("--lr", "highest learning rate", type=number(float, 0))
+    add("--weight-decay", "of all parameters", type=number(float, 0), default=5e-4)
+    add("--jitter", "strength of random crops and light", type=number(float, 0), default=0.0)
+    add("--init", "checkpoint, or InsightFace weights, to start from", metavar="FILE")
+    add("--holdout", "identities kept for the final table (default: 5 %% of them, at most 100)",
+        type=number(int, 0), default=argparse.SUPPRESS)
+    add("--out", "folder of the run (default: runs/ and a name made of the arguments)",
+        default=argparse.SUPPRESS)
+    add("--workers", "processes that decode images", type=number(int, 0), default=1)
+    add("--seed", "of everything random", type=number(int, 0), default=0)
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    for key, (real, demo) in RECIPE.items():
+        vars(args).setdefault(key, demo if args.data == "demo" else real)
+    vars(args).setdefault("holdout", None)
+    if args.maug == "none" and args.loss != "none":
+        parser.error(f"--loss {args.loss} compares sharp with degraded faces; --maug none has only "
+                     "sharp ones: add --loss none")
+    name = os.path.basename(os.path.normpath(args.data))
+    distance = f"{args.loss}{args.p:g}" if args.loss == "logexp" else args.loss
+    vars(args).setdefault("out", os.path.join("runs", "-".join([
+        name, args.backbone, args.maug.replace(":", "_"), distance, f"seed{args.seed}"])))
+    return args
+
+
+def build(args, classes):
+    """Arguments and number of identities -> the model that computes the loss, on the device."""
+    backbone = IResNet(int(args.backbone[1:]), args.width, dropout=args.dropout)
+    if args.init:
+        try:
+            backbone.load_state_dict(load_backbone(args.init).state_dict())
+        except RuntimeError:
+            raise ValueError(f"--init {args.init}: its weights are of another shape than "
+                             f"--backbone {args.backbone} --width {args.width}") from None
+    distance = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
+    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
+    head = ArcFace(classes, scale=args.scale, margin=args.margin)
+    model = LRFR(backbone, head, maug, distance.get(args.loss), args.weight)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def learning_rate(step, steps, peak):
+    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
+    return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
+
+
+def train(args):
+    """The whole run; returns the rows of the final table (none without held-out identities)."""
+    torch.manual_seed(args.seed)
+    faces, held_out = open_data(args.data, args.holdout)
+    model = build(args, faces.classes)
+    per_epoch = len(faces) // args.batch_size
+    if not per_epoch:
+        raise ValueError(f"--batch-size {args.batch_size}, but there are only {len(faces)} images")
+    steps = per_epoch * args.epochs
+    arguments = {**vars(args), "device": str(args.device)}
+    os.makedirs(args.out, exist_ok=True)
+    shown = args.resolutions if model.maug else [7, 14, 20]
+    save_faces(os.path.join(args.out, "faces.png"), faces, shown)
+    print(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
+          f"the run goes to {args.out}", flush=True)
+
+    optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
+                                weight_decay=args.weight_decay)
+    loader = DataLoader(faces, batch_sampler=Batches(len(faces), args.batch_size, args.seed, steps),
+                        num_workers=args.workers, pin_memory=args.device.type == "cuda")
+    with open(os.path.join(args.out, "log.jsonl"), "w") as log:
+        print(json.dumps({"args": arguments}), file=log, flush=True)
+        model.train()
+        begun = logged = time.time()
+        since, sums = 0, None  # steps, and sums of the loss and its parts, since the last line
+        for step, (images, labels) in enumerate(loader):
+            torch.manual_seed(args.seed * 1_000_003 + step)  # draws depend on seed and step alone
+            lr = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
+            images = to_input(images, args.device)
+            labels = labels.to(args.device, non_blocking=True)
+            if args.jitter:
+                images = jitter(images, args.jitter)
+            with autocast(args.device, args.amp):
+                loss, parts = model(images, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+            optimiser.step()
+
+            values = torch.stack([loss.detach(), *parts.values()])
+            since, sums = since + 1, values if sums is None else sums + values
+            epoch_ends = (step + 1) % per_epoch == 0
+            if since == 20 or epoch_ends:
+                means = (sums / since).tolist()  # the only place that waits for the device
+                now = time.time()
+                rate, left = since / (now - logged), (now - begun) / (step + 1) * (steps - step - 1)
+                line = {"epoch": step // per_epoch + 1, "step": step + 1,
+                        **dict(zip(["loss", *parts], means, strict=True)), "lr": lr,
+                        "images_per_s": rate * args.batch_size, "seconds": now - begun}
+                print(json.dumps(line), file=log, flush=True)
+                print(f"epoch {line['epoch']}/{args.epochs}  step {step + 1:,}/{steps:,}  loss "
+                      f"{means[0]:.3f} ({', '.join(f'{k} {line[k]:.3g}' for k in parts)})  "
+                      f"lr {lr:.4f}  {line['images_per_s']:.0f} images/s  {clock(left)} left",
+                      flush=True)
+                since, sums, logged = 0, None, now
+            if epoch_ends:
+                write_file(os.path.join(args.out, "last.pt"), {
+                    "backbone": model.backbone.state_dict(), "head": model.head.state_dict(),
+                    "step": step + 1, "args": arguments})
+        rows = []
+        if held_out:
+            pairs = make_pairs("held-out identities", held_out.sources, held_out.labels)
+            rows = verify({os.path.basename(os.path.normpath(args.out)): model.backbone.eval()},
+                          pairs, [7, 14, 20, SIZE], "sum", args.device, args.amp)
+            print_table(rows)
+            print(json.dumps({"evaluation": rows}), file=log)
+    print(f"done in {clock(time.time() - begun)}; the weights: {os.path.join(args.out, 'last.pt')}")
+    return rows
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="demo", help="a folder root/identity/image, a name under data/, or demo: drawn faces")
-    add("--maug", default="1:1:2", help="ratio of the resolutions, or none")
-    add("--resolutions", type=int, nargs="+", default=[7, 14, 20], metavar="PX")
-    add("--loss", choices=[*DISTANCES, "none"], default="logexp", help="distance between sharp and degraded")
-    add("--p", type=float, default=1.0, help="exponent of the LogExp distance")
-    add("--weight", type=float, default=1.0, help="lambda, weight of the distance")
-    add("--backbone", choices=[f"r{d}" for d in DEPTHS], default="r10")
-    add("--width", type=int, default=32, help="channels of the first stage")
-    add("--dropout", type=float, default=0.0)
-    add("--scale", type=float, default=32.0, help="ArcFace scale s")
-    add("--margin", type=float, default=0.4, help="ArcFace margin m, radians")
-    add("--epochs", type=int, default=20)
-    add("--batch-size", type=int, default=128)
-    add("--lr", type=float, default=0.1, help="peak learning rate")
-    add("--weight-decay", type=float, default=5e-4)
-    add("--jitter", type=float, default=0.0)
-    add("--holdout", type=int, default=0)
-    add("--init", metavar="FILE", help="checkpoint to start from")
-    add("--out", help="folder of the run")
-    add("--workers", type=int, default=1)
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
-    add("--test", default=None)
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     keep_memory()
-    torch.manual_seed(args.seed)
-    data = open_data(args.data)
-    train, held = data.split(args.holdout) if args.holdout else (data, None)
-    backbone = IResNet(int(args.backbone[1:]), args.width, dropout=args.dropout)
-    head = ArcFace(train.classes, scale=args.scale, margin=args.margin)
-    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
-    model = LRFR(backbone, head, maug, None if args.loss == "none" else args.loss, args.weight, args.p)
-    model.to(args.device, memory_format=torch.channels_last).train()
-    opt = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
-    steps = len(train) // args.batch_size
-    total = steps * args.epochs
-    step, start, shown = 0, time.time(), 0
-    print(len(train), train.classes, steps, flush=True)
-    for epoch in range(args.epochs):
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(train))[:steps * args.batch_size]
-        loader = DataLoader(train, args.batch_size, sampler=order.tolist(), num_workers=args.workers)
-        for images, labels in loader:
-            lr = args.lr * min(1, (step + 1) / (0.05 * total)) * (1 - step / total)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(args.seed * 1_000_003 + step)
-            images = to_input(images, args.device)
-            if args.jitter:
-                n, j = len(images), args.jitter
-                r = torch.rand(n, 6) * 2 - 1
-                theta = torch.zeros(n, 2, 3)
-                s = 1 + .15 * j * r[:, 0]
-                a = .15 * j * r[:, 1]
-                theta[:, 0, 0] = s * a.cos(); theta[:, 0, 1] = -s * a.sin(); theta[:, 1, 0] = s * a.sin(); theta[:, 1, 1] = s * a.cos()
-                theta[:, :, 2] = .1 * j * r[:, 2:4]
-                images = torch.nn.functional.grid_sample(images, torch.nn.functional.affine_grid(theta, images.shape, align_corners=False), padding_mode="border", align_corners=False)
-                images = ((images * (1 + .3 * j * r[:, 4, None, None, None])) + .3 * j * r[:, 5, None, None, None]).clamp(-1, 1)
-            with autocast(args.device, args.amp):
-                loss, parts = model(images, labels.to(args.device))
-            opt.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
-            opt.step()
-            step += 1
-            if time.time() - shown > 10:
-                shown = time.time()
-                rate = step / (shown - start)
-                print(f"epoch {epoch + 1} step {step}/{total} loss {loss.item():.3f} " + " ".join(f"{k} {v.item():.4f}" for k, v in parts.items()) + f" lr {lr:.4f} {rate * args.batch_size:.0f} img/s {clock((total - step) / rate)} left", flush=True)
-        write_file(os.path.join(args.out, "last.pt"), {"backbone": backbone.state_dict(), "head": head.state_dict(), "args": vars(args), "step": step})
-    print("trained in", clock(time.time() - start))
-    if held:
-        rows = verify({"x": backbone.eval()}, make_pairs("held-out identities", held.sources, held.labels), [7, 14, 20, 112])
-        print_table(rows)
-    if args.test:
-        from evaluate import read_lfw
-        print_table(verify({args.out: backbone.eval()}, read_lfw(args.test), [7, 14, 20, 112]))
+    return train(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -1,0 +1,809 @@
+# SPDX-License-Identifier: MIT
+"""Every formula against a slow, obvious version, every command against its promise: pytest -q"""
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+
+import evaluate
+import lrfr
+import train
+from lrfr import (ArcFace, IResNet, LRFR, MAug, check_gradient, degrade, embed, l1_loss, l2_loss,
+                  load_backbone, logexp_grad, logexp_loss, parse_ratio)
+
+HERE = Path(__file__).resolve().parent
+REAL = HERE.parent / "shared" / "faces"  # real faces, where a developer has them
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """Eight drawn people with four pictures each."""
+    return train.demo_faces(8, 4, seed=5)
+
+
+@pytest.fixture(scope="session")
+def folder(drawn, tmp_path_factory):
+    """The same as a training folder, identity/image.jpg."""
+    root = tmp_path_factory.mktemp("faces")
+    for i, (source, label) in enumerate(zip(drawn.sources, drawn.labels, strict=True)):
+        (root / f"{label:02d}").mkdir(exist_ok=True)
+        (root / f"{label:02d}" / f"{i}.jpg").write_bytes(source)
+    return root
+
+
+@pytest.fixture(scope="session")
+def lfw(drawn, tmp_path_factory):
+    """The same as a tiny LFW: 40 pairs, of one person and of two in turn."""
+    root, lines = tmp_path_factory.mktemp("lfw"), ["10\t2"]
+    for i, (source, label) in enumerate(zip(drawn.sources, drawn.labels, strict=True)):
+        (root / f"P{label}").mkdir(exist_ok=True)
+        (root / f"P{label}" / f"P{label}_{i % 4 + 1:04d}.jpg").write_bytes(source)
+    for i in range(20):
+        lines += [f"P{i % 8}\t{i % 3 + 1}\t4", f"P{i % 8}\t1\tP{(i + 1) % 8}\t{i % 4 + 1}"]
+    (root / "pairs.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory):
+    """A run on that folder by the command line, seconds long."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    done = cli("train.py", "--data", folder, "--backbone", "r10", "--width", 16, "--epochs", 2,
+               "--batch-size", 8, "--holdout", 3, "--out", out, "--jitter", 0.5, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def cli(script, *arguments, cwd=HERE):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], check=False,
+                          capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+# ---- 1. Resolution augmentation -----------------------------------------------------------------
+
+
+def pillow_degrade(pixels, px):
+    small = Image.fromarray(pixels).resize((px, px), Image.Resampling.BICUBIC)
+    return np.array(small.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC))
+
+
+def test_degrade_is_what_pillow_does(drawn):
+    pixels = [evaluate.read_image(source).permute(1, 2, 0).numpy() for source in drawn.sources]
+    if REAL.is_dir():
+        pixels += [np.array(Image.open(path)) for path in sorted(REAL.glob("lfw/A*/*.jpg"))[:60]]
+    images = evaluate.to_input(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), CPU)
+    for px in range(5, 57, 3):
+        ours = (degrade(images, px) + 1) * 127.5
+        theirs = torch.from_numpy(np.stack([pillow_degrade(p, px) for p in pixels]))
+        difference = (ours.permute(0, 2, 3, 1) - theirs).abs()
+        assert difference.mean() < 0.5, px
+        assert (difference <= 4).float().mean() > 0.999, px
+
+
+def test_degrade_takes_one_resolution_per_image():
+    images = torch.rand(5, 3, 112, 112) * 2 - 1
+    before, px = images.clone(), torch.tensor([7, 200, 20, 112, 7])
+    together = degrade(images, px)
+    for i in range(5):
+        assert torch.allclose(together[i], degrade(images[i:i + 1], int(px[i]))[0], atol=1e-6)
+    assert torch.equal(images, before) and together.abs().max() <= 1
+    assert torch.equal(together[1], images[1]) and torch.equal(together[3], images[3])
+    assert degrade(images, 7).std() < degrade(images, 20).std() < images.std()
+    assert degrade(images[:0], 7).shape == (0, 3, 112, 112)
+
+
+def test_degrade_keeps_shape_and_type():
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        images = (torch.rand(2, 3, 48, 32) * 2 - 1).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = degrade(images, 12)
+        assert out.shape == images.shape and out.dtype == dtype
+    flat = torch.full((1, 3, 48, 32), 0.25)
+    assert torch.allclose(degrade(flat, 7), flat, atol=1e-6)
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        degrade(flat, 0)
+
+
+def test_ratio():
+    assert parse_ratio("1:1:2") == (1, 1, 2) and parse_ratio("0.5:0") == (0.5, 0)
+    for bad in ("", "1:", "a:b", "1,1,2", "-1:2", "0:0", "nan:1", "inf:1", "1:1:x"):
+        with pytest.raises(ValueError, match=re.escape(f"'{bad}'")):
+            parse_ratio(bad)
+    for ratio in ((1, 1), (1, -1, 1), (0, 0, 0), (1, math.nan, 1), ()):
+        with pytest.raises(ValueError, match="ratio"):
+            MAug((7, 14, 20), ratio)
+
+
+def test_maug_draws_in_the_ratio_and_repeats():
+    for ratio in ((1, 1, 2), (0, 1, 0), (2, 1, 1), (1, 0, 3)):
+        torch.manual_seed(0)
+        counts = Counter(MAug((7, 14, 20), ratio).sample(40000).tolist())
+        for px, share in zip((7, 14, 20), ratio, strict=True):
+            p = share / sum(ratio)
+            assert abs(counts[px] / 40000 - p) <= 4 * math.sqrt(p * (1 - p) / 40000)
+    maug, images = MAug(), torch.rand(6, 3, 32, 32) * 2 - 1
+    torch.manual_seed(1)
+    px = maug.sample(6)
+    torch.manual_seed(1)
+    first = maug(images)
+    torch.manual_seed(1)
+    assert torch.equal(first, maug(images)) and torch.equal(first, degrade(images, px))
+    assert px.shape == (6,) and px.dtype == torch.int64
+
+
+# ---- 2. Backbone --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "blocks", "entries", "parameters"), [
+    (18, (2, 2, 2, 2), 187, 24_025_600), (34, (3, 4, 6, 3), 331, 34_139_328),
+    (50, (3, 4, 14, 3), 475, 43_590_848), (100, (3, 13, 30, 3), 925, 65_156_160),
+    (200, (6, 26, 60, 6), 1807, 118_833_920)])
+def test_iresnet_has_the_names_and_sizes_of_insightface(depth, blocks, entries, parameters):
+    with torch.device("meta"):
+        backbone = IResNet(depth)
+    norm = [f".{name}" for name in ("weight", "bias", "running_mean", "running_var",
+                                    "num_batches_tracked")]
+    names = ["conv1.weight", *("bn1" + n for n in norm), "prelu.weight"]
+    for stage, count in enumerate(blocks, 1):
+        for i in range(count):
+            parts = [["bn1", norm], ["conv1", norm[:1]], ["bn2", norm], ["prelu", norm[:1]],
+                     ["conv2", norm[:1]], ["bn3", norm]]
+            if i == 0:
+                parts += [["downsample.0", norm[:1]], ["downsample.1", norm]]
+            names += [f"layer{stage}.{i}.{part}{n}" for part, ending in parts for n in ending]
+    names += ["bn2" + n for n in norm] + ["fc.weight", "fc.bias"] + ["features" + n for n in norm]
+    state = backbone.state_dict()
+    assert list(state) == names and len(names) == entries
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert state["fc.weight"].shape == (512, 25088) and not backbone.features.weight.requires_grad
+    assert backbone.layer2[0].conv1.stride == (1, 1) and backbone.layer2[0].conv2.stride == (2, 2)
+
+
+def test_iresnet_forward():
+    backbone = IResNet(10, 8, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = backbone(torch.randn(2, 3, 112, 112))
+    assert out.shape == (2, 32) and out.dtype == torch.float32
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="no IResNet of depth 51"):
+        IResNet(51)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prelu_is_that_of_torch(dtype):
+    x, g = torch.randn(2, 4, 3, 5, 5).to(dtype)
+    ours, theirs = lrfr.PReLU(3), nn.PReLU(3)
+    grads = []
+    for layer in (ours, theirs):
+        layer.weight.data = torch.tensor([0.25, -0.5, 1.5])
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs) if layer is ours else F.prelu(inputs, layer.weight.to(dtype))
+        out.backward(g)
+        grads.append((out.float(), inputs.grad.float(), layer.weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_load_backbone_takes_ours_and_insightface(tmp_path):
+    torch.manual_seed(0)
+    backbone, images = IResNet(18, 8, 16).eval(), torch.randn(2, 3, 112, 112)
+    state, expected = backbone.state_dict(), backbone(images)
+    files = {"ours.pt": {"backbone": state, "args": {"p": 1.0}}, "insightface.pth": state,
+             "module.pth": {f"module.{k}": v for k, v in state.items()}}
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        loaded = load_backbone(tmp_path / name)
+        assert not loaded.training and torch.equal(loaded(images), expected)
+        assert loaded.state_dict().keys() == state.keys()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch bomb-went-off",)
+
+
+def test_load_backbone_refuses_everything_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = IResNet(10, 4, 8).state_dict()
+    narrow = {**state, "fc.bias": torch.zeros(7)}
+    files = {
+        "ada.pth": ({"model.input_layer.0.weight": torch.zeros(1)}, "AdaFace"),
+        "mag.pth": ({f"features.module.{k}": v for k, v in state.items()}, "MagFace"),
+        "resnet.pth": (torchvision.models.resnet18().state_dict(), "torchvision"),
+        "list.pth": ([1, 2], "none we know"), "other.pth": ({"a": torch.zeros(1)}, "none we know"),
+        "narrow.pth": (narrow, "fc.bias"), "bomb.pth": (Bomb(), "not a checkpoint"),
+        "text.pth": ("", "not a checkpoint"), "empty.pth": ("", "not a checkpoint")}
+    for name, (content, message) in files.items():
+        torch.save(content, name)
+        if name in ("text.pth", "empty.pth"):
+            Path(name).write_text("hello" * (name == "text.pth"))
+        with pytest.raises(ValueError, match=message) as error:
+            load_backbone(name)
+        assert str(error.value).startswith(name) and "\n" not in str(error.value)
+    Path("short.pth").write_bytes(Path("narrow.pth").read_bytes()[:5000])
+    for name in ("short.pth", "nowhere.pth", "."):
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}: "):
+            load_backbone(name)
+    assert not Path("bomb-went-off").exists()
+
+
+def test_embed_gives_unit_vectors_for_every_flip():
+    backbone, images = IResNet(10, 4, 16).eval(), torch.randn(3, 3, 112, 112)
+    with torch.no_grad():
+        f, g = backbone(images), backbone(images.flip(3))
+    expected = {"none": f, "sum": f + g, "concat": torch.cat([F.normalize(f), F.normalize(g)], 1)}
+    for flip, e in expected.items():
+        out = embed(backbone, images, flip)
+        assert torch.allclose(out, e / e.norm(dim=1, keepdim=True), atol=1e-6)
+        assert not out.requires_grad and out.shape == (3, 32 if flip == "concat" else 16)
+    with pytest.raises(ValueError, match="'mirror'"):
+        embed(backbone, images, "mirror")
+
+
+# ---- 3. Classifier ------------------------------------------------------------------------------
+
+
+def arcface_loop(embeddings, weights, labels, scale, margin):
+    """Trigonometry, number by number, in float64."""
+    rows = []
+    for e, label in zip(embeddings.tolist(), labels.tolist(), strict=True):
+        row = []
+        for c, w in enumerate(weights.tolist()):
+            length = math.sqrt(sum(x * x for x in e) * sum(x * x for x in w))
+            theta = math.acos(sum(a * b for a, b in zip(e, w, strict=True)) / length)
+            target = math.cos(theta + margin)
+            if theta + margin > math.pi:
+                target = math.cos(theta) + math.cos(margin) - 1
+            row.append(scale * (target if c == label else math.cos(theta)))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_arcface_against_trigonometry():
+    torch.manual_seed(0)
+    head, embeddings = ArcFace(7, 6, scale=30.0, margin=0.5), torch.randn(40, 6)
+    labels = torch.randint(7, (40,))
+    embeddings[:7] = -3 * head.weight.data + 0.001 * torch.randn(7, 6)  # beyond theta + m = pi
+    labels[:7] = torch.arange(7)
+    expected = arcface_loop(embeddings.double(), head.weight.double(), labels, 30.0, 0.5)
+    assert torch.allclose(head(embeddings, labels).double(), expected, atol=2e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(embeddings.bfloat16(), labels)
+    assert logits.dtype == torch.float32 and logits.shape == (40, 7)
+
+
+def test_arcface_has_the_true_gradient():
+    torch.manual_seed(0)
+    head, labels = ArcFace(5, 4, scale=2.0, margin=0.4), torch.tensor([0, 1, 4])
+    e = torch.randn(3, 4, requires_grad=True)
+    weights = torch.randn(3, 5, dtype=torch.float64)  # of the logits in a sum
+    (head(e, labels).double() * weights).sum().backward()
+    for i, j in itertools.product(range(3), range(4)):
+        sums = []
+        for sign in (1, -1):
+            moved = e.detach().double()
+            moved[i, j] += sign * 1e-6
+            logits = arcface_loop(moved, head.weight.detach().double(), labels, 2.0, 0.4)
+            sums.append((logits * weights).sum().item())
+        assert e.grad[i, j].item() == pytest.approx((sums[0] - sums[1]) / 2e-6, abs=1e-4)
+
+
+def test_arcface_at_its_ends():
+    head = ArcFace(1, 2, scale=1.0, margin=0.5)
+    head.weight.data = torch.tensor([[1.0, 0.0]])
+    for angle in (0.0, math.pi):
+        e = torch.tensor([[math.cos(angle), math.sin(angle) * (angle > 1e9)]], requires_grad=True)
+        head(e, torch.tensor([0])).sum().backward()
+        assert e.grad.isfinite().all()
+    theta = torch.linspace(0, math.pi, 2001)
+    logits = head(torch.stack([theta.cos(), theta.sin()], 1), torch.zeros(2001, dtype=torch.int64))
+    assert (logits.diff(dim=0) < 1e-6).all()  # falls all the way, over the guard too
+    assert logits.diff(dim=0).abs().max() < 0.01  # without a jump
+    for bad in (-1, 1):
+        with pytest.raises(ValueError, match=f"{bad}.*expected 0 to 0"):
+            head(torch.randn(1, 2), torch.tensor([bad]))
+
+
+# ---- 4. Distances -------------------------------------------------------------------------------
+
+
+def logexp_slow(x, y, p):
+    """Eq. (3) as it is printed, in float64, one pair at a time."""
+    values = []
+    for a, b in zip(x.double().tolist(), y.double().tolist(), strict=True):
+        powers = [abs(s - t) ** p for s, t in zip(a, b, strict=True)]
+        values.append(math.log1p(math.fsum(math.expm1(z) for z in powers)) / (p * len(powers)))
+    return math.fsum(values) / len(values)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.05, 1.0, 8.0, 600.0])
+def test_logexp_is_exact_over_its_range(p, size):
+    """size: the largest |d|, or |d|^p where that would be more than 600."""
+    torch.manual_seed(0)
+    d = torch.rand(4, 512) * 2 - 1
+    d[0, 0] = 1
+    d, y = d * min(size, 600 ** (1 / p)), torch.zeros(4, 512)
+    assert logexp_loss(d, y, p).item() == pytest.approx(logexp_slow(d, y, p), rel=2e-5)
+    x = d.clone().requires_grad_()
+    logexp_loss(x, y, p).backward()
+    exact = logexp_grad(d.double(), y.double(), p)
+    assert x.grad.isfinite().all()
+    assert (x.grad - exact).abs().max() <= 2e-4 * exact.abs().max()
+    assert (logexp_grad(d, y, p) - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0])
+def test_logexp_gradients(p):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 5, dtype=torch.float64)
+    x.requires_grad_(), y.requires_grad_()
+    assert torch.autograd.gradcheck(partial(logexp_loss, p=p), (x, y))
+    logexp_loss(x, y, p).backward()
+    assert torch.allclose(x.grad, logexp_grad(x, y, p), atol=1e-12)
+    assert torch.allclose(y.grad, -x.grad)
+    for i, j in itertools.product(range(3), range(5)):  # Eq. (2), for any p, as it is printed
+        d = (x - y)[i].tolist()
+        total = 1 + sum(math.exp(abs(z) ** p) - 1 for z in d)
+        slow = (math.copysign(1, d[j]) * abs(d[j]) ** (p - 1) * math.exp(abs(d[j]) ** p)
+                / total / 5 / 3)
+        assert x.grad[i, j].item() == pytest.approx(slow, rel=1e-9)
+    assert check_gradient(p) < 1e-8
+    same = torch.randn(2, 4, requires_grad=True)
+    logexp_loss(same, same.detach().clone(), p).backward()
+    assert torch.equal(same.grad, torch.zeros(2, 4))
+    assert torch.equal(logexp_grad(same, same, p), torch.zeros(2, 4))
+
+
+def test_check_gradient_can_fail(monkeypatch):
+    right = lrfr.logexp_grad
+    monkeypatch.setattr(lrfr, "logexp_grad", lambda x, y, p: right(x, y, p) * 1.001)
+    assert check_gradient(1.0) > 1e-6
+
+
+def test_half_precision_embeddings_do_not_overflow():
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.full((2, 8), 20.0, dtype=dtype, requires_grad=True)
+        for p in (1.0, 2.0):
+            loss = logexp_loss(x, torch.zeros_like(x), p)
+            loss.backward()
+            assert loss.dtype == torch.float32 and loss.isfinite() and x.grad.isfinite().all()
+            assert loss.item() == pytest.approx(logexp_slow(x, torch.zeros(2, 8), p), rel=1e-5)
+
+
+def test_logexp_refuses_what_it_cannot_do():
+    for p in (0.5, 0, -1, math.nan):
+        with pytest.raises(ValueError, match="p is at least 1"):
+            logexp_loss(torch.zeros(1, 2), torch.zeros(1, 2), p)
+    for loss in (logexp_loss, l1_loss, l2_loss):
+        with pytest.raises(ValueError, match="differ in shape"):
+            loss(torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_l1_and_l2():
+    x, y = torch.randn(2, 4, 6)
+    pairs = list(zip(x.flatten().tolist(), y.flatten().tolist(), strict=True))
+    assert l1_loss(x, y).item() == pytest.approx(sum(abs(a - b) for a, b in pairs) / 24, rel=1e-5)
+    assert l2_loss(x, y).item() == pytest.approx(sum((a - b) ** 2 for a, b in pairs) / 24, rel=1e-5)
+    assert l2_loss(x.half(), y.half()).dtype == torch.float32
+
+
+# ---- 5. Total loss ------------------------------------------------------------------------------
+
+
+def parts_of(distance, weight, seed=3):
+    """An LRFR in eval mode, labels, its loss, and the embeddings that its backbone gave."""
+    torch.manual_seed(0)
+    backbone, head = IResNet(10, 4, 16).eval(), ArcFace(5, 16, scale=8.0, margin=0.2)
+    outputs = []
+    backbone.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    model = LRFR(backbone, head, MAug((7, 14)[:2], (1, 1)), distance, weight)
+    images, labels = torch.rand(6, 3, 112, 112) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 0])
+    torch.manual_seed(seed)
+    loss, parts = model(images, labels)
+    outputs[0].retain_grad()
+    return model, labels, loss, parts, outputs[0]
+
+
+def test_total_loss_is_the_papers():
+    for distance in (logexp_loss, l1_loss, l2_loss, partial(logexp_loss, p=2.0)):
+        model, labels, loss, parts, out = parts_of(distance, 50.0)
+        f_hr, f_lr = out.detach().chunk(2)
+        ce = [-model.head(f, labels).double().log_softmax(1)[range(6), labels].mean()
+              for f in (f_hr, f_lr)]
+        d = distance(F.normalize(f_hr), F.normalize(f_lr))
+        assert loss.item() == pytest.approx(((ce[0] + ce[1]) / 2 + 50 * d).item(), rel=1e-5)
+        assert parts["distance"].item() == pytest.approx(d.item(), rel=1e-5)
+        assert parts["sharp"].item() == pytest.approx(ce[0].item(), rel=1e-5)
+        assert parts["degraded"].item() == pytest.approx(ce[1].item(), rel=1e-5)
+
+
+def test_gradient_reaches_both_resolutions():
+    *_, loss, _, out = parts_of(None, 0.0)
+    loss.backward()
+    alone = out.grad.clone()
+    *_, loss, _, out = parts_of(logexp_loss, 1000.0)
+    loss.backward()
+    from_distance = (out.grad - alone).chunk(2)
+    assert all(g.norm(dim=1).min() > 0 for g in alone.chunk(2))
+    assert all(g.norm(dim=1).min() > 0 for g in from_distance)
+
+
+def test_baseline_sees_sharp_faces_only():
+    backbone, head = IResNet(10, 4, 16).eval(), ArcFace(5, 16)
+    images, labels = torch.rand(4, 3, 112, 112) * 2 - 1, torch.arange(4)
+    torch.manual_seed(2)
+    loss, parts = LRFR(backbone, head)(images, labels)
+    torch.manual_seed(2)
+    sharp = lrfr.random_flip(images)
+    assert all(torch.equal(s, i) or torch.equal(s, i.flip(2))
+               for s, i in zip(sharp, images, strict=True))
+    assert list(parts) == ["sharp"]
+    expected = F.cross_entropy(head(backbone(sharp), labels), labels)
+    assert loss.item() == pytest.approx(expected.item())
+    with pytest.raises(ValueError, match="needs an augmentation"):
+        LRFR(backbone, head, None, logexp_loss)
+
+
+def test_flips_of_the_two_resolutions_are_independent():
+    seen = []
+    model = LRFR(lambda x: seen.append(x) or torch.ones(len(x), 4, requires_grad=True),
+                 lambda e, labels: e, lambda x: x)
+    images = torch.rand(200, 3, 4, 4)
+    model(images, torch.zeros(200, dtype=torch.int64))
+    kept = [(half == images).flatten(1).all(1) for half in seen[0].chunk(2)]
+    counts = Counter(zip(*(k.tolist() for k in kept), strict=True))
+    assert len(counts) == 4 and min(counts.values()) > 25
+
+
+def test_losses_stay_float32_under_autocast():
+    model, labels, *_ = parts_of(logexp_loss, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, parts = model(torch.rand(6, 3, 112, 112), labels)
+    assert {loss.dtype, *(part.dtype for part in parts.values())} == {torch.float32}
+
+
+# ---- 6. Protocols -------------------------------------------------------------------------------
+
+
+def ten_folds_slow(scores, same):
+    folds, accuracies, thresholds = [range(len(same) * k // 10, len(same) * (k + 1) // 10)
+                                     for k in range(10)], [], []
+    for fold in folds:
+        best, chosen = -1, None
+        for threshold in evaluate.GRID:
+            right = sum((scores[i] >= threshold) == same[i]
+                        for i in range(len(same)) if i not in fold)
+            if right >= best:  # of equals the later, the higher
+                best, chosen = right, threshold
+        accuracies.append(sum((scores[i] >= chosen) == same[i] for i in fold) / len(fold))
+        thresholds.append(chosen)
+    mean = sum(accuracies) / 10
+    return mean, math.sqrt(sum((a - mean) ** 2 for a in accuracies) / 10), sum(thresholds) / 10
+
+
+def test_ten_folds():
+    rng = np.random.default_rng(0)
+    same = np.arange(60) % 2 == 0
+    scores = np.clip(rng.normal(0.1, 0.3, 60) + 0.3 * same, -1, 1)
+    assert evaluate.ten_folds(scores, same) == pytest.approx(ten_folds_slow(scores, same))
+    perfect = np.where(same, 0.5, 0.2)  # every threshold in (0.2, 0.5] is right: the highest counts
+    assert evaluate.ten_folds(perfect, same) == pytest.approx((1, 0, 0.5))
+
+
+def test_tar_at_far():
+    scores = np.concatenate([np.linspace(0, 1, 11), np.linspace(-1, 0.55, 1000)])
+    same = np.arange(1011) < 11
+    assert evaluate.tar_at_far(scores, same, 1e-3) == pytest.approx(5 / 11)  # .6 .. 1 pass
+    assert evaluate.tar_at_far(scores, same, 0.5) == pytest.approx(11 / 11)
+    assert evaluate.tar_at_far(np.array([0.5, 0.5]), np.array([True, False])) == 0
+
+
+def test_rank_1():
+    torch.manual_seed(0)
+    identity = np.array([3, 3, 0, 1, 0, 3, 2, 1, 1])
+    gallery, probes = F.normalize(torch.randn(2, 9, 4), dim=2)
+    first = {label: list(identity).index(label) for label in identity}
+    nearest = [max(first.values(), key=lambda g: float(gallery[g] @ probe)) for probe in probes]
+    hits = [identity[nearest[i]] == identity[i] for i in range(9) if i not in first.values()]
+    assert evaluate.rank_1(gallery, probes, identity) == sum(hits) / len(hits)
+    assert evaluate.rank_1(torch.eye(4), torch.eye(4)[[0, 0, 2, 2]], np.array([0, 0, 1, 1])) == 1
+
+
+def test_make_pairs():
+    labels = [0] * 5 + [1] * 5 + [2] * 1
+    pairs = evaluate.make_pairs("x", list("abcdefghijk"), labels)
+    assert len(pairs.same) == 40 and pairs.same.sum() == 20
+    assert pairs.same[:4].tolist() == [True, False, True, False]  # every fold has both kinds
+    assert len({*zip(pairs.first, pairs.second, strict=True)}) == 40
+    for a, b, same in zip(pairs.first, pairs.second, pairs.same, strict=True):
+        assert (labels[a] == labels[b]) == same and a != b
+    with pytest.raises(ValueError, match="too few"):
+        evaluate.make_pairs("x", ["a", "b"], [0, 1])
+
+
+def test_read_lfw(lfw):
+    pairs = evaluate.read_lfw(lfw)
+    assert len(pairs.same) == 40 and pairs.same.sum() == 20 and len(set(pairs.sources)) == len(
+        pairs.sources)
+    assert pairs.sources[pairs.first[0]] == str(lfw / "P0" / "P0_0001.jpg")
+    assert pairs.sources[pairs.second[0]] == str(lfw / "P0" / "P0_0004.jpg")
+    assert pairs.sources[pairs.second[3]] == str(lfw / "P2" / "P2_0002.jpg")
+    whose = [os.path.basename(os.path.dirname(source)) for source in pairs.sources]
+    assert all((whose[i] == whose[j]) == (pairs.identity[i] == pairs.identity[j])
+               for i in range(len(whose)) for j in range(len(whose)))
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("P0\t1", "line 3: not a pair"), ("P0\tone\t2", "line 3: not a pair"),
+    ("P0 1 P1 2 3", "line 3: not a pair"), ("P0\t1\t9", "line 3: .*P0_0009.jpg is missing")])
+def test_read_lfw_names_the_line(lfw, tmp_path, line, message):
+    shutil.copytree(lfw, tmp_path / "lfw")
+    (tmp_path / "lfw" / "pairs.txt").write_text(f"10\t300\nP0\t1\t2\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_lfw(tmp_path / "lfw")
+    (tmp_path / "lfw" / "pairs.txt").write_text("10\t300\n")
+    with pytest.raises(ValueError, match="0 pairs"):
+        evaluate.read_lfw(tmp_path / "lfw")
+
+
+def test_verify_is_the_protocol_step_by_step(lfw):
+    torch.manual_seed(0)
+    pairs, backbone = evaluate.read_lfw(lfw), IResNet(10, 4, 16).eval()
+    (row,) = evaluate.verify({"net": backbone}, pairs, [7], "none", CPU, "off", batch_size=5)
+    images = [evaluate.to_input(evaluate.read_image(s)[None], CPU) for s in pairs.sources]
+    for way in ("both", "cross"):
+        scores = []
+        for i, j in zip(pairs.first, pairs.second, strict=True):
+            a = images[i] if way == "cross" else degrade(images[i], 7)
+            e, f = embed(backbone, a, "none"), embed(backbone, degrade(images[j], 7), "none")
+            scores.append(float(e @ f.T))
+        slow = ten_folds_slow(scores, pairs.same)
+        keys = (f"{way}_accuracy", f"{way}_std", f"{way}_threshold")
+        assert [row[key] for key in keys] == pytest.approx(slow, abs=1e-9)
+
+
+def test_read_image_takes_every_kind(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgb.png")
+    assert np.array_equal(evaluate.read_image(tmp_path / "rgb.png").permute(1, 2, 0), pixels)
+    assert torch.equal(evaluate.read_image((tmp_path / "rgb.png").read_bytes()),
+                       evaluate.read_image(tmp_path / "rgb.png"))
+    for mode in ("L", "RGBA", "CMYK", "P", "1", "LA"):
+        name = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.fromarray(pixels).convert(mode).resize((50, 70)).save(name)
+        image = evaluate.read_image(name)
+        assert image.shape == (3, 112, 112) and image.dtype == torch.uint8
+    for content in (b"", b"no image", (tmp_path / "rgb.png").read_bytes()[:500]):
+        with pytest.raises(ValueError, match="not a readable image"):
+            evaluate.read_image(content)
+
+
+def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
+    path = tmp_path / "new" / "file"
+    evaluate.write_file(path, b"old")
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        evaluate.write_file(path, {"a": torch.zeros(10), "b": lambda: 0})
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["file"]
+
+
+# ---- 7. Training --------------------------------------------------------------------------------
+
+
+def test_drawn_faces_are_people(drawn):
+    again = train.demo_faces(8, 4, seed=5)
+    assert again.sources == drawn.sources and drawn.classes == 8 and len(drawn) == 32
+    images = torch.stack([drawn[i][0].float() for i in range(32)])
+    assert len(set(drawn.sources)) == 32  # no picture twice
+    distance = torch.cdist(images.flatten(1), images.flatten(1))
+    same = torch.as_tensor(drawn.labels)[:, None] == torch.as_tensor(drawn.labels)
+    within = distance[same & (distance > 0)].mean()
+    assert 0 < within < distance[~same].mean()
+
+
+def test_image_folder_and_split(folder, tmp_path):
+    faces = train.image_folder(folder)
+    assert faces.classes == 8 and Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
+    kept, held_out = faces.split(3)
+    assert kept.classes == 5 and held_out.classes == 3
+    assert len(kept) == 20 and kept.sources + held_out.sources == faces.sources
+    (tmp_path / "only" / "nothing").mkdir(parents=True)
+    with pytest.raises(ValueError, match="0 images of 0 identities"):
+        train.image_folder(tmp_path / "only")
+
+
+def test_batches_take_each_image_once_an_epoch():
+    batches = list(train.Batches(23, 5, seed=1, steps=9))
+    assert len(batches) == 9 and all(len(b) == 5 for b in batches)
+    first, second = (np.concatenate(batches[i:i + 4]) for i in (0, 4))
+    assert len(set(first)) == len(set(second)) == 20 and first.tolist() != second.tolist()
+    again = train.Batches(23, 5, 1, 9)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not np.array_equal(batches[0], next(iter(train.Batches(23, 5, 2, 9))))
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 100, 0.5) for step in range(100)]
+    assert max(rates) == 0.5 and rates.index(0.5) == 4
+    assert np.all(np.diff(rates[:5]) > 0) and np.all(np.diff(rates[5:]) < 0)
+    assert 0 < rates[-1] < 0.01
+    assert all(0 < train.learning_rate(s, n, 1.0) <= 1 for n in range(1, 50) for s in range(n))
+
+
+def test_jitter():
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 112, 112) * 2 - 1
+    assert torch.allclose(train.jitter(images, 0.0), images, atol=1e-4)
+    moved = train.jitter(images, 1.0)
+    assert moved.shape == images.shape and moved.abs().max() <= 1
+    assert (moved - images).abs().mean() > 0.1
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    out, printed = trained
+    assert re.search(r"epoch 2/2  step 4/4  loss [\d.]+ \(sharp [\d.]+, degraded [\d.]+, distance "
+                     r"[\d.]+\)  lr 0\.\d+  \d+ images/s  0:00:00 left", printed)
+    assert "held-out identities" in printed and "rank-1" in printed
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and checkpoint["args"]["width"] == 16
+    assert checkpoint["head"]["weight"].shape == (5, 512)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["args"]["loss"] == "logexp" and lines[1]["step"] == 2 and lines[2]["epoch"] == 2
+    assert {row["px"] for row in lines[-1]["evaluation"]} == {7, 14, 20, 112}
+    faces = Image.open(out / "faces.png")
+    assert faces.size == (8 * 112, 4 * 112)
+    assert np.array(faces)[:, :112].std() > np.array(faces)[:, 112:224].std()
+
+
+def test_runs_repeat_and_can_start_from_others(folder, trained, tmp_path):
+    def weights(*options):
+        arguments = ["--data", folder, "--backbone", "r10", "--width", 16, "--epochs", 1,
+                     "--holdout", 0, "--batch-size", 8, "--device", "cpu",
+                     "--out", tmp_path / "run", *options]
+        train.main(list(map(str, arguments)))
+        return torch.load(tmp_path / "run" / "last.pt", weights_only=True)["backbone"]
+
+    one, same, other = weights("--workers", 0), weights("--workers", 2), weights("--seed", 1)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    start = load_backbone(trained[0] / "last.pt").state_dict()
+    tuned = weights("--init", trained[0] / "last.pt", "--lr", 0)
+    assert torch.equal(tuned["conv1.weight"], start["conv1.weight"])
+    baseline = weights("--maug", "none", "--loss", "none")
+    assert not torch.equal(baseline["fc.weight"], one["fc.weight"])
+
+
+def test_evaluate_compares_checkpoints(trained, lfw, tmp_path):
+    other = tmp_path / "other.pt"
+    shutil.copy(trained[0] / "last.pt", other)
+    done = cli("evaluate.py", trained[0] / "last.pt", other, "--lfw", lfw, "--resolutions", 7, 112,
+               "--flip", "concat", "--json", tmp_path / "out.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["px"], row["checkpoint"]) for row in rows] == [
+        (px, name) for px in (7, 112) for name in ("tiny", str(other))]
+    assert "LFW: 40 pairs, ten folds, flip test concat, in %" in done.stdout
+    assert rows[2]["both_accuracy"] == rows[2]["cross_accuracy"] == rows[3]["both_accuracy"]
+    assert f"{100 * rows[0]['cross_accuracy']:.2f}" in done.stdout
+
+
+def test_lrfr_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(HERE / "lrfr.py", tmp_path)
+    done = subprocess.run([sys.executable, "-I", "lrfr.py"], check=False, cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("LogExp: analytic, autograd")
+    broken = (tmp_path / "lrfr.py").read_text().replace("return d.sign()", "return 2 * d.sign()")
+    (tmp_path / "lrfr.py").write_text(broken)
+    done = subprocess.run([sys.executable, "-I", "lrfr.py"], check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    imports = set(re.findall(r"^(?:import|from) (\w+)", broken, re.MULTILINE))
+    assert imports == {"math", "torch"}
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    """One epoch of the demo: 7 px is far above chance, which is 50 and 2.5 %."""
+    done = cli("train.py", "--epochs", 1, "--out", tmp_path / "demo", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "demo" / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
+    assert rows[0]["px"] == 7 and rows[0]["cross_accuracy"] > 0.7 and rows[0]["rank1"] > 0.15
+    assert rows[3]["both_accuracy"] > 0.75
+
+
+BAD_COMMANDS = [
+    ("train.py --data nowhere", 1, r"--data nowhere: no folder nowhere, no data/nowhere"),
+    ("train.py --data {empty}", 1, r"0 images of 0 identities"),
+    ("train.py --data {folder} --maug 1:1", 1, r"3 resolutions, but a ratio of 2 numbers"),
+    ("train.py --data {folder} --maug 1:x:2", 1, r"not a ratio: '1:x:2'"),
+    ("train.py --maug none", 2, r"--loss logexp compares sharp with degraded faces"),
+    ("train.py --p 0.5", 2, r"--p: 0.5: at least 1"),
+    ("train.py --width 8", 2, r"--width: 8: at least 16"),
+    ("train.py --epochs 0", 2, r"--epochs: 0: at least 1"),
+    ("train.py --lr nan", 2, r"--lr: nan"),
+    ("train.py --backbone r51", 2, r"invalid choice: '?r51"),
+    ("train.py --batch-size many", 2, r"invalid int value: 'many'"),
+    ("train.py --device tpu9", 2, r"--device: tpu9: no such device"),
+    ("train.py --data {folder} --batch-size 1000", 1, r"only 32 images"),
+    ("train.py --data {folder} --holdout 7", 1, r"leaves fewer than two"),
+    ("train.py --data {folder} --init {folder}/00/0.jpg", 1, r"0.jpg: not a checkpoint"),
+    ("train.py --data {folder} --init {run}", 1, r"another shape than --backbone r50"),
+    ("evaluate.py {run}", 2, r"--lfw"),
+    ("evaluate.py {run} --lfw {empty}", 1, r"pairs.txt: no such file"),
+    ("evaluate.py nothing.pt --lfw {lfw}", 1, r"nothing.pt: No such file"),
+    ("evaluate.py {run} --lfw {lfw} --resolutions 0", 2, r"0: at least 1"),
+    ("evaluate.py {run} --lfw {lfw} --flip up", 2, r"invalid choice: 'up'"),
+]
+
+
+@pytest.mark.parametrize(("command", "status", "message"), BAD_COMMANDS)
+def test_bad_command_lines(command, status, message, folder, lfw, trained, tmp_path, capfd,
+                           monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    script, *arguments = command.format(folder=folder, lfw=lfw, run=trained[0] / "last.pt",
+                                        empty=tmp_path / "empty").split()
+    main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(evaluate.run(partial(main, arguments)))
+    if status == 2:
+        assert stopped.value.code == 2
+        text = capfd.readouterr().err.strip().splitlines()[-1]
+    else:  # sys.exit prints a text and exits with 1
+        text = stopped.value.code
+        assert text.startswith("error: ") and "\n" not in text
+    assert re.search(message, text), text
+
+
+def test_bad_input_of_a_real_process(tmp_path):
+    done = cli("train.py", "--data", "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --data nowhere") and os.listdir(tmp_path) == []
+
+
+# ---- 8. What the README says --------------------------------------------------------------------
+
+
+def test_help_shows_every_default():
+    text = subprocess.run([sys.executable, HERE / "train.py", "--help"], check=True,
+                          capture_output=True, text=True).stdout
+    text = re.sub(r"\s+", " ", text.split("options:")[1])
+    for option in re.findall(r" (--[a-z-]+)[ ,]", text):
+        if option not in ("--help", "--init"):
+            assert re.search(rf"{option} .*?\(default: .+?\)", text), option
+
+
+def test_readme_commands_parse():
+    """Each `python train.py ...` of the README is a command line that train.py takes."""
+    commands = re.findall(r"^python train\.py(.*)$", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        assert train.parse_arguments(command.split("#")[0].split()).out
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """The README's ten lines for one's own code are run as they stand."""
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"backbone": IResNet(10, 4), "images": torch.rand(4, 3, 112, 112) * 2 - 1,
+             "labels": torch.arange(4), "head": ArcFace(4)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["loss"].isfinite() and names["backbone"].fc.weight.grad is not None
