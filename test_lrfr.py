@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Every formula against a slow, obvious version, every command against its promise: pytest -q"""
+import io
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -582,6 +584,160 @@ def test_verify_is_the_protocol_step_by_step(lfw):
         assert [row[key] for key in keys] == pytest.approx(slow, abs=1e-9)
 
 
+def test_xqlfw_is_read_like_lfw(lfw, tmp_path):
+    shutil.copytree(lfw, tmp_path / "xqlfw")
+    (tmp_path / "xqlfw" / "pairs.txt").rename(tmp_path / "xqlfw" / "xqlfw_pairs.txt")
+    pairs, same = evaluate.read_lfw(tmp_path / "xqlfw", "xqlfw_pairs.txt"), evaluate.read_lfw(lfw)
+    assert pairs.name == "XQLFW" and np.array_equal(pairs.first, same.first)
+    assert np.array_equal(pairs.same, same.same)
+
+
+def test_ranks_against_sorting():
+    torch.manual_seed(0)
+    gallery, probes = F.normalize(torch.randn(30, 3), dim=1), F.normalize(torch.randn(50, 3), dim=1)
+    gallery[20:25] = gallery[10:15]  # equal cosines: strangers come first
+    rng = np.random.default_rng(0)
+    mine, theirs = rng.integers(-1, 6, 30), rng.integers(0, 8, 50)  # -1, 6, 7: of nobody else
+    found = evaluate.ranks(gallery, mine, probes, theirs, block=7)
+    for i in range(50):
+        cosines = (gallery @ probes[i]).tolist()
+        order = sorted(range(30), key=lambda g: (-cosines[g], mine[g] == theirs[i]))
+        hits = [rank for rank, g in enumerate(order, 1) if mine[g] == theirs[i]]
+        assert found[i] == hits[0] if hits else found[i] > 1e6
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", [bool, int, np.bool_])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_read_bin(drawn, tmp_path, protocol, kind, arrays):
+    files = list(drawn.sources[:20])
+    content = [np.frombuffer(file, np.uint8) for file in files] if arrays else files
+    path = tmp_path / "set.bin"
+    path.write_bytes(pickle.dumps((content, [kind(i % 2) for i in range(10)]), protocol))
+    pairs = evaluate.read_bin(path)
+    assert pairs.sources == files and pairs.same.tolist() == [False, True] * 5
+    assert pairs.first.tolist() == list(range(0, 20, 2)) and pairs.second[3] == 7
+
+
+def test_read_bin_of_python_2(drawn, tmp_path):
+    """Its str is bytes: opcodes BINSTRING (T), as InsightFace's own files hold them."""
+    path, files = tmp_path / "old.bin", list(drawn.sources[:20])
+    strings = b"".join(b"T" + len(file).to_bytes(4, "little") + file for file in files)
+    path.write_bytes(b"\x80\x02(" + b"](" + strings + b"e](" + b"K\x01" * 10 + b"et.")
+    assert evaluate.read_bin(path).sources == files
+
+
+def test_read_bin_refuses_what_is_none(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = pickle.dumps((list(drawn.sources[:20]), [True] * 10), 2)
+    huge = b"\x80\x04r\xff\xff\xff\x7f."  # LONG_BINPUT 2^31 - 1: 16 GB for the unpickler in C
+    files = {
+        "empty": (b"", "not a .bin"), "cut": (whole[:3000], "not a .bin"),
+        "text": (b"hello", "not a .bin"), "shape": (pickle.dumps([1, 2, 3]), "not a .bin"),
+        "odd": (pickle.dumps((list(drawn.sources[:19]), [True] * 10)), "19 images for 10 pairs"),
+        "few": (pickle.dumps((list(drawn.sources[:2]), [True])), "1 pairs"),
+        "ints": (pickle.dumps(([9] * 20, [1] * 10)), "int"),
+        "bomb": (pickle.dumps(Bomb()), "asks for, 'posix.system'"), "huge": (huge, "not a .bin"),
+        "eval": (b"cbuiltins\neval\n(S'open(\"bomb-went-off\", \"w\")'\ntR.", "builtins.eval")}
+    for name, (content, message) in files.items():
+        Path(name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{name}: .*{re.escape(message)}") as error:
+            evaluate.read_bin(name)
+        assert "\n" not in str(error.value)
+    assert not Path("bomb-went-off").exists()
+
+
+def scface(root, files, subjects, *skip):
+    """The SCface of those subjects, in the folders of the CD."""
+    for n, subject in enumerate(subjects):
+        names = {f"mugshot_frontal_original_all/{subject:03d}_frontal.JPG": n}
+        names |= {f"surveillance_cameras_distance_{d}/{subject:03d}_cam{c}_{d}.jpg": n + d * (d < 3)
+                  for c in range(1, 6) for d in range(1, 4)}
+        names[f"surveillance_cameras_IR_cam8/{subject:03d}_cam8.jpg"] = 0  # not of the protocol
+        for name, picture in names.items():
+            if os.path.basename(name) not in skip:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(files[picture % len(files)])
+
+
+def test_scface(drawn, tmp_path):
+    """Probes at d3 are the mugshots themselves; at d1 and d2 those of the subjects after them."""
+    scface(tmp_path / "sc", drawn.sources[::4], range(48, 56))
+    search = evaluate.read_scface(tmp_path / "sc")
+    assert len(search.gallery) == 8
+    assert [len(paths) for paths, _ in search.probes.values()] == [40] * 3
+    assert search.name == "SCface, 8 subjects (all)" and list(search.probes) == ["d1", "d2", "d3"]
+    for paths, identity in search.probes.values():
+        assert [int(os.path.basename(path)[:3]) for path in paths] == identity.tolist()
+    rows = evaluate.identify({"net": IResNet(10, 4, 16).eval()}, search, "sum", CPU, "off")
+    assert [row["cmc"][0] for row in rows] == [0, 0, 1]
+    assert all(row["cmc"][7] == 1 and np.all(np.diff(row["cmc"]) >= 0) for row in rows)
+    assert len(evaluate.read_scface(tmp_path / "sc", "test").gallery) == 5
+    crops = tmp_path / "sc" / "aligned"
+    crops.mkdir()
+    (crops / "050_frontal.jpg").write_bytes(drawn.sources[0])
+    assert str(crops / "050_frontal.jpg") in evaluate.read_scface(tmp_path / "sc").gallery
+
+
+def test_scface_names_what_is_missing(drawn, tmp_path):
+    scface(tmp_path / "a", drawn.sources, range(51, 54), "052_frontal.JPG")
+    with pytest.raises(ValueError, match=r"subject 052 has no mugshot \(052_frontal.jpg\)"):
+        evaluate.read_scface(tmp_path / "a")
+    gone = [f"053_cam{c}_{d}.jpg" for c in range(1, 6) for d in range(1, 4)]
+    scface(tmp_path / "b", drawn.sources, range(51, 54), *gone)
+    with pytest.raises(ValueError, match="subject 053 has no surveillance image"):
+        evaluate.read_scface(tmp_path / "b")
+    with pytest.raises(ValueError, match="has no mugshot"):
+        evaluate.read_scface(tmp_path / "nowhere")
+
+
+def test_tinyface(drawn, tmp_path):
+    """Persons 0 .. 3 of drawn, two probes and two mates each; persons 4 .. 7 are distractors."""
+    root = tmp_path / "tiny" / "Testing_Set"
+    for folder in ("Probe", "Gallery_Match", "Gallery_Distractor"):
+        (root / folder).mkdir(parents=True)
+    for i, file in enumerate(drawn.sources):
+        kind = "Gallery_Distractor" if i >= 16 else ("Probe", "Gallery_Match")[i % 2]
+        (root / kind / f"{i // 4}_{i}.jpg").write_bytes(file)
+    search = evaluate.read_tinyface(tmp_path / "tiny")
+    assert len(search.gallery) == 24 and search.name == "TinyFace, 16 distractors"
+    assert search.gallery_identity.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] + [-1] * 16
+    backbone = IResNet(10, 4, 16).eval()
+    (row,) = evaluate.identify({"net": backbone}, search, "none", CPU, "off", batch_size=5)
+
+    def unit(path):
+        return embed(backbone, evaluate.to_input(evaluate.read_image(path)[None], CPU), "none")[0]
+
+    paths, whose = search.probes["probes"]
+    gallery = torch.stack([unit(path) for path in search.gallery])
+    firsts = []
+    for path, who in zip(paths, whose, strict=True):
+        order = (gallery @ unit(path)).argsort(descending=True).tolist()
+        mates = np.flatnonzero(search.gallery_identity == who)
+        firsts.append(min(order.index(mate) + 1 for mate in mates))
+    assert row["cmc"] == pytest.approx([np.mean(np.array(firsts) <= k) for k in range(1, 51)])
+    shutil.rmtree(root / "Gallery_Distractor")
+    assert evaluate.read_tinyface(root).name == "TinyFace, WITHOUT its distractors"
+    shutil.rmtree(root / "Gallery_Match")
+    with pytest.raises(ValueError, match="8 images in Probe and 0 in Gallery_Match"):
+        evaluate.read_tinyface(root)
+
+
+def test_every_set_in_one_command(trained, lfw, folder, drawn, tmp_path):
+    scface(tmp_path / "sc", drawn.sources, range(51, 53))
+    packed = tmp_path / "set.bin"
+    packed.write_bytes(pickle.dumps((list(drawn.sources[:20]), [True, False] * 5)))
+    faces = sorted(folder.rglob("*.jpg"))[:3]
+    done = cli("evaluate.py", trained[0] / "last.pt", "--lfw", lfw, "--bin", packed, "--scface",
+               tmp_path / "sc", "--resolutions", 14, "--match", *faces, "--device", "cpu",
+               "--json", tmp_path / "all.json")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +-?\d\.\d{3}  \S+jpg  \S+jpg  tiny$", done.stdout, re.MULTILINE)) == 3
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert [row["set"] for row in rows] == ["LFW", "set"] + ["SCface, 2 subjects (all)"] * 3
+    assert "average" in done.stdout and "aligned" in done.stdout
+
+
 def test_read_image_takes_every_kind(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (112, 112, 3), dtype=np.uint8)
@@ -594,6 +750,12 @@ def test_read_image_takes_every_kind(tmp_path):
         Image.fromarray(pixels).convert(mode).resize((50, 70)).save(name)
         image = evaluate.read_image(name)
         assert image.shape == (3, 112, 112) and image.dtype == torch.uint8
+    grey = np.arange(112 * 112, dtype=np.uint16).reshape(112, 112) * 5
+    Image.fromarray(grey).save(tmp_path / "sixteen.png")
+    assert np.array_equal(evaluate.read_image(tmp_path / "sixteen.png")[0], grey >> 8)
+    Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match=r"huge.png: not a readable image \(9000 x 9000"):
+        evaluate.read_image(tmp_path / "huge.png")
     for content in (b"", b"no image", (tmp_path / "rgb.png").read_bytes()[:500]):
         with pytest.raises(ValueError, match="not a readable image"):
             evaluate.read_image(content)
@@ -612,7 +774,7 @@ def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
 
 def test_drawn_faces_are_people(drawn):
     again = train.demo_faces(8, 4, seed=5)
-    assert again.sources == drawn.sources and drawn.classes == 8 and len(drawn) == 32
+    assert [*again.sources] == [*drawn.sources] and drawn.classes == 8 and len(drawn) == 32
     images = torch.stack([drawn[i][0].float() for i in range(32)])
     assert len(set(drawn.sources)) == 32  # no picture twice
     distance = torch.cdist(images.flatten(1), images.flatten(1))
@@ -626,10 +788,159 @@ def test_image_folder_and_split(folder, tmp_path):
     assert faces.classes == 8 and Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
     kept, held_out = faces.split(3)
     assert kept.classes == 5 and held_out.classes == 3
-    assert len(kept) == 20 and kept.sources + held_out.sources == faces.sources
+    assert len(kept) == 20 and [*kept.sources, *held_out.sources] == [*faces.sources]
     (tmp_path / "only" / "nothing").mkdir(parents=True)
     with pytest.raises(ValueError, match="0 images of 0 identities"):
         train.image_folder(tmp_path / "only")
+
+
+MAGIC = 0xced7230a
+
+
+def write_records(root, payloads, keys=None):
+    """A RecordIO file by the letter of the format: split wherever a payload holds the magic."""
+    root.mkdir(parents=True, exist_ok=True)
+    keys, magic = keys or range(len(payloads)), MAGIC.to_bytes(4, "little")
+    with open(root / "train.rec", "wb") as rec, open(root / "train.idx", "w") as idx:
+        for key, payload in zip(keys, payloads, strict=True):
+            idx.write(f"{key}\t{rec.tell()}\n")
+            cuts = [i for i in range(0, len(payload) - 3, 4) if payload[i:i + 4] == magic]
+            starts, ends = [0, *(i + 4 for i in cuts)], [*cuts, len(payload)]
+            for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                flag = 0 if not cuts else 1 if n == 0 else 3 if n == len(cuts) else 2
+                rec.write(magic + (flag << 29 | end - start).to_bytes(4, "little"))
+                rec.write(payload[start:end] + b"\0" * (-(end - start) % 4))
+
+
+def record(labels, image=b"", flag=None):
+    """IRHeader, then the image; several labels stand behind the header."""
+    if flag is None and len(labels) == 1:
+        return struct.pack("<IfQQ", 0, labels[0], 0, 0) + image
+    return struct.pack(f"<IfQQ{len(labels)}f", len(labels), 0, 0, 0, *labels) + image
+
+
+def insightface(root, files, labels):
+    """InsightFace's layout: header, images, one identity record for each class."""
+    classes = max(labels) + 1
+    firsts = [labels.index(c) + 1 for c in range(classes)] + [len(files) + 1]
+    payloads = [record([len(files) + 1, len(files) + 1 + classes])]
+    payloads += [record([label], file) if i % 3 else record([label, 1], file)  # both ways are seen
+                 for i, (file, label) in enumerate(zip(files, labels, strict=True))]
+    write_records(root, payloads + [record(firsts[c:c + 2]) for c in range(classes)])
+    (root / "property").write_text(f"{classes},112,112\n")
+
+
+def test_records_of_insightface(drawn, tmp_path):
+    png = io.BytesIO()
+    Image.open(io.BytesIO(drawn.sources[1])).save(png, "PNG")
+    magic = MAGIC.to_bytes(4, "little")
+    files = [*drawn.sources[:30], png.getvalue(), drawn.sources[31] + magic * 3 + b"abc" + magic]
+    insightface(tmp_path, files, drawn.labels.tolist())
+    faces = train.record_file(tmp_path)
+    assert faces.classes == 8 and faces.labels.tolist() == drawn.labels.tolist()
+    assert [faces.sources[i] for i in range(32)] == files
+    assert torch.equal(faces[30][0], evaluate.read_image(drawn.sources[1]))
+    kept, rest = faces.split(2)
+    assert len(kept) == 24 and rest.labels.tolist() == [0] * 4 + [1] * 4
+    assert rest.sources[7] == files[31]
+
+
+def test_records_of_im2rec(drawn, tmp_path):
+    """No header record: every record is an image, and keys need not be in order."""
+    labels = [1, 0, 2, 1]
+    write_records(tmp_path, [record([label], file) for label, file in zip(
+        labels, drawn.sources[:4], strict=True)], keys=[7, 3, 12, 5])
+    faces = train.record_file(tmp_path)
+    assert faces.labels.tolist() == [0, 1, 1, 2]  # in the order of the keys 3, 5, 7, 12
+    assert [faces.sources[i] for i in range(4)] == [drawn.sources[i] for i in (1, 3, 0, 2)]
+
+
+def test_records_of_more_images_than_float32_can_count(drawn, tmp_path, monkeypatch):
+    """Above 2^24 record 0 and the identities are off by one or two: labels come from the images."""
+    n, start = 6, 2**24 + 3
+    payloads = [record([start + n + 1, start + n + 3])]
+    payloads += [record([i // 3], drawn.sources[i]) for i in range(n)]
+    payloads += [record([start, start + 3]), record([start + 3, start + n])]
+    write_records(tmp_path, payloads, keys=[0, *range(start, start + n + 2)])
+    faces = train.record_file(tmp_path)
+    assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real faces beside the project")
+def test_real_samples():
+    faces = train.record_file(REAL / "insightface")
+    assert (len(faces), faces.classes) == (3000, 60)
+    assert all(faces[i][2] is None for i in range(0, 3000, 50))
+    for name, count in (("lfw_fold1", 600), ("lfw_ndarray", 60)):
+        pairs = evaluate.read_bin(REAL / "insightface" / f"{name}.bin")
+        assert len(pairs.same) == count and evaluate.read_image(pairs.sources[0]).any()
+
+
+def test_damaged_records(drawn, tmp_path):
+    def broken(message, change):
+        shutil.rmtree(tmp_path / "rec", ignore_errors=True)
+        insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
+        rec, idx = tmp_path / "rec" / "train.rec", tmp_path / "rec" / "train.idx"
+        rec_bytes, lines = bytearray(rec.read_bytes()), idx.read_text().splitlines()
+        rec_bytes, lines = change(rec_bytes, lines)
+        rec.write_bytes(rec_bytes)
+        idx.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=message):
+            train.record_file(tmp_path / "rec")
+
+    broken("cut short", lambda rec, idx: (rec[:5000], idx))
+    broken("cut short", lambda rec, idx: (rec, [*idx, "99\t999999999"]))
+    broken("cut short", lambda rec, idx: (rec, [*idx, "99\t-5"]))
+    broken("not lines of a key", lambda rec, idx: (rec, [*idx, "hello"]))
+    broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99"]))
+    broken("no whole record at byte 0", lambda rec, idx: (b"\0\0" + rec[2:], idx))
+    broken("no whole record", lambda rec, idx: (rec, [*idx[:-1], idx[-1][:-1]]))
+    huge = (MAGIC.to_bytes(4, "little") + (1 << 29 | (1 << 29) - 1).to_bytes(4, "little"))
+    broken("no whole record at byte 0", lambda rec, idx: (huge + rec[8:], idx))
+    (tmp_path / "rec" / "train.rec").unlink()
+    insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
+    for classes in (3, 0):
+        (tmp_path / "rec" / "property").write_text(f"{classes},112,112")
+        with pytest.raises(ValueError, match=f"out of range: expected 0 to {classes - 1}"):
+            train.record_file(tmp_path / "rec")
+    write_records(tmp_path / "rec", [record([label]) for label in (5, 6, 7)])
+    with pytest.raises(ValueError, match="record 0 holds"):
+        train.record_file(tmp_path / "rec")
+
+
+def test_training_on_records_with_sets_beside_them(drawn, tmp_path):
+    insightface(tmp_path / "ms1m", list(drawn.sources), drawn.labels.tolist())
+    content = (list(drawn.sources[:20]), [True, False] * 5)
+    (tmp_path / "ms1m" / "lfw.bin").write_bytes(pickle.dumps(content, 2))
+    done = cli("train.py", "--data", tmp_path / "ms1m", "--backbone", "r10", "--width", 16,
+               "--epochs", 2, "--batch-size", 16, "--holdout", 0, "--out", tmp_path / "run",
+               "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    evaluated = [(line["epoch"], line["evaluation"][0]["set"]) for line in lines
+                 if "evaluation" in line]
+    assert evaluated == [(1, "lfw"), (2, "lfw")] and done.stdout.count("lfw: 10 pairs") == 2
+
+
+def test_unreadable_images_are_skipped_up_to_one_in_a_thousand(drawn, tmp_path, capsys):
+    def root(images, bad):
+        for i in range(images):
+            (tmp_path / "data" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            content = b"not an image" if i < bad else drawn.sources[i % 32]
+            (tmp_path / "data" / str(i % 2) / f"{i:04d}.jpg").write_bytes(content)
+
+    options = ["--data", str(tmp_path / "data"), "--backbone", "r10", "--width", "16",
+               "--holdout", "0", "--batch-size", "500", "--epochs", "1",
+               "--out", str(tmp_path / "run")]
+    root(1000, 1)
+    train.main([*options, "--maug", "none", "--loss", "none"])
+    printed = capsys.readouterr().out
+    assert "skipped: " + str(tmp_path / "data" / "0" / "0000.jpg") in printed
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert log.count("skipped") == 1 and "not a readable image" in log
+    root(1000, 4)
+    with pytest.raises(ValueError, match=r"2 of 1,000 images cannot be read.*more than 1 in 1,000"):
+        train.main(options)
 
 
 def test_batches_take_each_image_once_an_epoch():
@@ -746,8 +1057,8 @@ BAD_COMMANDS = [
     ("train.py --data {folder} --holdout 7", 1, r"leaves fewer than two"),
     ("train.py --data {folder} --init {folder}/00/0.jpg", 1, r"0.jpg: not a checkpoint"),
     ("train.py --data {folder} --init {run}", 1, r"another shape than --backbone r50"),
-    ("evaluate.py {run}", 2, r"--lfw"),
-    ("evaluate.py {run} --lfw {empty}", 1, r"pairs.txt: no such file"),
+    ("evaluate.py {run}", 2, r"nothing to do: give --lfw"),
+    ("evaluate.py {run} --lfw {empty}", 1, r"pairs.txt: No such file"),
     ("evaluate.py nothing.pt --lfw {lfw}", 1, r"nothing.pt: No such file"),
     ("evaluate.py {run} --lfw {lfw} --resolutions 0", 2, r"0: at least 1"),
     ("evaluate.py {run} --lfw {lfw} --flip up", 2, r"invalid choice: 'up'"),

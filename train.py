@@ -5,12 +5,15 @@ Without --data it draws its own faces. `--maug none --loss none` is the paper's 
 leaves in its folder: last.pt (weights and arguments), log.jsonl, and faces.png: what it learns.
 """
 import argparse
+import glob
 import io
 import json
 import math
 import os
+import struct
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from evaluate import (SIZE, add_device_options, autocast, clock, keep_memory, make_pairs, number,
-                      print_table, read_image, run, to_input, verify, write_file)
+                      print_table, read_bin, read_image, run, to_input, verify, write_file)
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
                   logexp_loss, parse_ratio)
 
@@ -29,26 +32,39 @@ from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_los
 
 
 class Faces(Dataset):
-    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB and its label.
+    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and None.
 
-    sources: paths, or the bytes of image files.
+    A face that cannot be read is None, and the reason stands in the last place. sources: an array
+    of paths or of the bytes of image files, or Records.
     """
 
-    def __init__(self, sources, labels):
-        self.sources, self.labels = sources, np.asarray(labels)
+    def __init__(self, name, sources, labels):
+        self.name, self.sources, self.labels = name, sources, np.asarray(labels)
         self.classes = int(self.labels.max()) + 1
 
     def __len__(self):
-        return len(self.sources)
+        return len(self.labels)
 
     def __getitem__(self, i):
-        return read_image(self.sources[i]), int(self.labels[i])
+        try:
+            image = read_image(self.sources[i], f"{self.name}, image {i}")
+            return image, int(self.labels[i]), None
+        except ValueError as error:
+            return None, int(self.labels[i]), str(error)
 
     def split(self, count):
         """Two sets: all but the last `count` identities, and those."""
-        first = np.searchsorted(self.labels, self.classes - count)  # labels are in ascending order
-        return (Faces(self.sources[:first], self.labels[:first]),
-                Faces(self.sources[first:], self.labels[first:] - self.labels[first]))
+        first = self.classes - count
+        kept, rest = np.flatnonzero(self.labels < first), np.flatnonzero(self.labels >= first)
+        return (Faces(self.name, self.sources[kept], self.labels[kept]),
+                Faces(self.name, self.sources[rest], self.labels[rest] - first))
+
+
+def collate(items):
+    """Items of Faces -> images, labels, and what was wrong with those that are left out."""
+    good = [(image, label) for image, label, error in items if error is None]
+    images, labels = zip(*good, strict=True) if good else ((torch.zeros(3, SIZE, SIZE),), (0,))
+    return torch.stack(images), torch.tensor(labels), [error for *_, error in items if error]
 
 
 def image_folder(root):
@@ -57,12 +73,92 @@ def image_folder(root):
     for identity in sorted(entry.path for entry in os.scandir(root) if entry.is_dir()):
         images = sorted(entry.path for entry in os.scandir(identity) if entry.name.lower().endswith(
             (".jpg", ".jpeg", ".png", ".bmp", ".webp")))
-        label = labels[-1] + 1 if labels else 0
-        sources, labels = sources + images, labels + [label] * len(images)
-    if not labels or labels[-1] == 0:
+        labels += [labels[-1] + 1 if labels else 0] * len(images)
+        sources += images
+    if len(set(labels)) < 2:
         raise ValueError(f"{root}: {len(sources)} images of {len(set(labels))} identities; two or "
                          f"more are needed, as {os.path.join(root, 'identity', 'image.jpg')}")
-    return Faces(sources, labels)
+    return Faces(root, np.array(sources, object), labels)
+
+
+class Records:
+    """Images in a RecordIO file: [i] is the bytes of the i-th, [array of indices] a part of them.
+
+    Every read opens the file anew, so that processes and threads share nothing.
+    """
+
+    def __init__(self, path, offsets):
+        self.path, self.offsets = path, offsets
+
+    def __getitem__(self, i):
+        offset = self.offsets[i]
+        return Records(self.path, offset) if np.ndim(offset) else self.read(offset)[1]
+
+    def read(self, offset):
+        """The labels of the record at a byte offset, and its image file; b"" if it has none."""
+        parts, flag, magic = [], 1, struct.pack("<I", 0xced7230a)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(offset)
+            while flag in (1, 2):  # 0 is a whole record; 1, then some 2, then 3 are parts of one
+                head = file.read(8)
+                word = int.from_bytes(head[4:], "little")
+                flag, length = word >> 29, word & (1 << 29) - 1
+                if (head[:4] != magic or flag not in ((2, 3) if parts else (0, 1))
+                        or length > size - file.tell()):
+                    raise ValueError(f"{self.path}: no whole record at byte {offset}; the file is "
+                                     "damaged, or cut short, or not that of its .idx")
+                parts.append(file.read(length))
+                file.seek(-length % 4, os.SEEK_CUR)
+        payload = magic.join(parts)  # the writer splits a record where it holds the magic
+        count = int.from_bytes(payload[:4], "little")
+        if len(payload) < 24 + 4 * count:
+            raise ValueError(f"{self.path}: the record at byte {offset} is shorter than its header")
+        labels = np.frombuffer(payload, "<f4", max(count, 1), 24 if count else 4)
+        return labels, payload[24 + 4 * count:]
+
+
+def record_file(root):
+    """`root`/train.rec and train.idx, as InsightFace or im2rec makes them -> Faces.
+
+    InsightFace: record 0 holds (a, b), 1 .. a-1 are images, a .. b-1 identities with their first
+    image, so that few reads tell all labels. im2rec: every record is an image with its label.
+    """
+    path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what numpy says of text that is no number
+        try:
+            keys, offsets = np.fromfile(index, np.int64, sep=" ").reshape(-1, 2).T
+        except (ValueError, DeprecationWarning):
+            raise ValueError(f"{index}: not lines of a key and a byte offset") from None
+    order = np.argsort(keys, kind="stable")
+    keys, offsets, size = keys[order], offsets[order], os.path.getsize(path)
+    if len(keys) < 2 or offsets.min() < 0 or offsets.max() > size - 8:
+        raise ValueError(f"{index}: {len(keys)} records, up to byte {offsets.max(initial=0)}, but "
+                         f"{path} has {size} bytes: cut short, or of another .idx")
+    read = Records(path, None).read
+    (header, image), start, end = read(offsets[0]), 0, len(keys)
+    if not image:
+        if len(header) < 2 or not 1 < header[0] <= keys[-1] + 2:
+            raise ValueError(f"{path}: record 0 holds {header}, not the number of images")
+        start, end = 1, min(np.searchsorted(keys, int(header[0])), len(keys))
+        while end > 1 and not read(offsets[end - 1])[1]:
+            end -= 1  # float32 is not exact above 2^24: look where the images really end
+        while end < len(keys) and read(offsets[end])[1]:
+            end += 1
+    if end < len(keys) and keys[-1] < 2**24:
+        firsts = np.array([read(offset)[0][0] for offset in offsets[end:]])
+        own = np.array([read(offset)[0][0] for offset in offsets[np.searchsorted(keys, firsts)]])
+        labels = own[np.searchsorted(firsts, keys[start:end], side="right") - 1]
+    else:
+        labels = np.array([read(offset)[0][0] for offset in offsets[start:end]])
+    classes = len(labels)
+    if os.path.isfile(os.path.join(root, "property")):
+        with open(os.path.join(root, "property")) as file:
+            classes = int(file.read().split(",")[0])
+    if not len(labels) or not ((labels >= 0) & (labels < classes) & (labels % 1 == 0)).all():
+        raise ValueError(f"{path}: labels out of range: expected 0 to {classes - 1}")
+    return Faces(path, Records(path, offsets[start:end]), labels.astype(np.int32))
 
 
 def draw_faces(traits, rng):
@@ -145,24 +241,28 @@ def demo_faces(people, pictures, seed):
         return file.getvalue()
 
     with ThreadPoolExecutor(4) as pool:
-        return Faces([source for part in traits.split(32)
-                      for source in pool.map(jpeg, draw_faces(part, rng))], labels)
+        files = [jpg for part in traits.split(32) for jpg in pool.map(jpeg, draw_faces(part, rng))]
+    return Faces("demo", np.array(files, object), labels)
 
 
 def open_data(name, holdout):
-    """--data -> the identities to train on, and those held out (None for none)."""
+    """--data -> the identities to train on, those held out (or None), and paths of .bin sets."""
     if name == "demo":
         print("drawing the demo's faces", flush=True)
-        return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2)
+        return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next((path for path in (name, os.path.join("data", name)) if os.path.isdir(path)), None)
     if root is None:
-        raise ValueError(f"--data {name}: no folder {name}, no {os.path.join('data', name)}; put "
-                         "aligned 112 x 112 faces there as identity/image.jpg, or try --data demo")
-    faces = image_folder(root)
+        raise ValueError(
+            f"--data {name}: no folder {name}, no {os.path.join('data', name)}; put train.rec and "
+            "train.idx there (MS1M: github.com/deepinsight/insightface/wiki/Dataset-Zoo), or "
+            "aligned 112 x 112 faces as identity/image.jpg, or try --data demo")
+    packed = os.path.exists(os.path.join(root, "train.rec"))
+    faces = record_file(root) if packed else image_folder(root)
     count = min(100, faces.classes // 20) if holdout is None else holdout
     if count > faces.classes - 2:
         raise ValueError(f"--holdout {count} of {faces.classes} identities leaves fewer than two")
-    return faces.split(count) if count else (faces, None)
+    return (*(faces.split(count) if count else (faces, None)),
+            sorted(glob.glob(os.path.join(glob.escape(root), "*.bin"))) if packed else [])
 
 
 class Batches:
@@ -196,8 +296,8 @@ def jitter(images, strength):
 
 def save_faces(path, faces, resolutions):
     """A picture of eight training faces, each beside its degraded versions."""
-    chosen = np.linspace(0, len(faces) - 1, 8).astype(int)
-    sharp = to_input(torch.stack([faces[i][0] for i in chosen]), "cpu")
+    images, *_ = collate([faces[i] for i in np.linspace(0, len(faces) - 1, 8).astype(int)])
+    sharp = to_input(images[torch.arange(8) % len(images)], "cpu")  # some may be unreadable
     tiles = torch.stack([sharp, *(degrade(sharp, px) for px in resolutions)], 1)  # (8, R, 3, y, x)
     tiles = tiles.unflatten(0, (4, 2)).permute(0, 4, 1, 2, 5, 3)  # rows, y, columns, R, x, colour
     pixels = ((tiles + 1) * 127.5).round().byte().flatten(2, 4).flatten(0, 1)
@@ -224,7 +324,7 @@ def parse_arguments(argv):
             text += f" (default: {RECIPE[key][0]}; with the demo: {RECIPE[key][1]})"
         parser.add_argument(name, help=text, **options)
 
-    add("--data", "folder of identity/image.jpg, its name under data/, or demo: drawn faces",
+    add("--data", "folder of identity/image.jpg, or of train.rec, or demo: drawn faces",
         default="demo")
     add("--maug", "ratio of the resolutions, or none", default="1:1:2")
     add("--resolutions", "of MAug, in pixels", type=number(int, 1), nargs="+", default=[7, 14, 20],
@@ -288,9 +388,12 @@ def learning_rate(step, steps, peak):
 
 
 def train(args):
-    """The whole run; returns the rows of the final table (none without held-out identities)."""
+    """The whole run, from the data to the last table."""
     torch.manual_seed(args.seed)
-    faces, held_out = open_data(args.data, args.holdout)
+    faces, held_out, bins = open_data(args.data, args.holdout)
+    each_epoch = [read_bin(path) for path in bins]
+    at_the_end = [make_pairs("held-out identities", held_out.sources, held_out.labels)
+                  ] if held_out else []
     model = build(args, faces.classes)
     per_epoch = len(faces) // args.batch_size
     if not per_epoch:
@@ -306,13 +409,22 @@ def train(args):
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     loader = DataLoader(faces, batch_sampler=Batches(len(faces), args.batch_size, args.seed, steps),
-                        num_workers=args.workers, pin_memory=args.device.type == "cuda")
+                        collate_fn=collate, num_workers=args.workers,
+                        pin_memory=args.device.type == "cuda")
     with open(os.path.join(args.out, "log.jsonl"), "w") as log:
         print(json.dumps({"args": arguments}), file=log, flush=True)
         model.train()
         begun = logged = time.time()
         since, sums = 0, None  # steps, and sums of the loss and its parts, since the last line
-        for step, (images, labels) in enumerate(loader):
+        bad = set()
+        for step, (images, labels, errors) in enumerate(loader):
+            for error in set(errors) - bad:
+                bad.add(error)
+                print(f"skipped: {error}", flush=True)
+                print(json.dumps({"step": step + 1, "skipped": error}), file=log, flush=True)
+                if len(bad) > len(faces) / 1000:
+                    raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more "
+                                     f"than 1 in 1,000; the last: {error}")
             torch.manual_seed(args.seed * 1_000_003 + step)  # draws depend on seed and step alone
             lr = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
             images = to_input(images, args.device)
@@ -346,21 +458,20 @@ def train(args):
                 write_file(os.path.join(args.out, "last.pt"), {
                     "backbone": model.backbone.state_dict(), "head": model.head.state_dict(),
                     "step": step + 1, "args": arguments})
-        rows = []
-        if held_out:
-            pairs = make_pairs("held-out identities", held_out.sources, held_out.labels)
-            rows = verify({os.path.basename(os.path.normpath(args.out)): model.backbone.eval()},
-                          pairs, [7, 14, 20, SIZE], "sum", args.device, args.amp)
-            print_table(rows)
-            print(json.dumps({"evaluation": rows}), file=log)
+                model.eval()
+                for pairs in each_epoch + at_the_end * (step + 1 == steps):
+                    rows = verify({os.path.basename(os.path.normpath(args.out)): model.backbone},
+                                  pairs, [7, 14, 20, SIZE], "sum", args.device, args.amp)
+                    print_table(rows)
+                    print(json.dumps({"epoch": line["epoch"], "evaluation": rows}), file=log)
+                model.train()
     print(f"done in {clock(time.time() - begun)}; the weights: {os.path.join(args.out, 'last.pt')}")
-    return rows
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     keep_memory()
-    return train(args)
+    train(args)
 
 
 if __name__ == "__main__":
