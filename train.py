@@ -90,6 +90,9 @@ class Records:
     def __init__(self, path, offsets):
         self.path, self.offsets = path, offsets
 
+    def __len__(self):
+        return len(self.offsets)
+
     def __getitem__(self, i):
         offset = self.offsets[i]
         return Records(self.path, offset) if np.ndim(offset) else self.read(offset)[1]
