@@ -65,19 +65,23 @@ def to_input(images, device):
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def write_file(path, data):
-    """Writes bytes, or what torch.save takes, under a temporary name and moves it into place."""
+def write_file(path, content, previous=None):
+    """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data) if isinstance(data, bytes) else torch.save(data, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from None
         raise
 
 
@@ -303,15 +307,21 @@ def keep_memory():
         mallopt(option, value)
 
 
-def autocast(device, amp):
-    """Autocast round a backbone; amp: "auto" (the device's fast one), "bf16", "fp16", "off"."""
+def precision(device, amp):
+    """The dtype for a backbone; amp: "auto" (the device's fast one), "bf16", "fp16" or "off"."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "auto":
         fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         amp = "bf16" if fast else "off"
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def autocast(device, amp):
+    """Autocast round a backbone, to its precision."""
+    dtype = precision(device, amp)
+    return torch.autocast(device.type, dtype if dtype != torch.float32 else torch.bfloat16,
+                          enabled=dtype != torch.float32)
 
 
 def clock(seconds):

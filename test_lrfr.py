@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Every formula against a slow, obvious version, every command against its promise: pytest -q"""
+import errno
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -768,9 +770,11 @@ def test_read_image_takes_every_kind(tmp_path):
 def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
     path = tmp_path / "new" / "file"
     evaluate.write_file(path, b"old")
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        evaluate.write_file(path, {"a": torch.zeros(10), "b": lambda: 0})
+    with pytest.raises(TypeError):
+        evaluate.write_file(path, "text")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["file"]
+    evaluate.write_file(path, b"new", previous=tmp_path / "new" / "before")
+    assert path.read_bytes() == b"new" and (tmp_path / "new" / "before").read_bytes() == b"old"
 
 
 # ---- 7. Training --------------------------------------------------------------------------------
@@ -943,18 +947,27 @@ def test_unreadable_images_are_skipped_up_to_one_in_a_thousand(drawn, tmp_path, 
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert log.count("skipped") == 1 and "not a readable image" in log
     root(1000, 4)
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match=r"2 of 1,000 images cannot be read.*more than 1 in 1,000"):
         train.main(options)
 
 
-def test_batches_take_each_image_once_an_epoch():
-    batches = list(train.Batches(23, 5, seed=1, steps=9))
-    assert len(batches) == 9 and all(len(b) == 5 for b in batches)
-    first, second = (np.concatenate(batches[i:i + 4]) for i in (0, 4))
-    assert len(set(first)) == len(set(second)) == 20 and first.tolist() != second.tolist()
-    again = train.Batches(23, 5, 1, 9)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert not np.array_equal(batches[0], next(iter(train.Batches(23, 5, 2, 9))))
+def test_batches_take_each_image_once_an_epoch(monkeypatch):
+    def of(seed=1, steps=range(9)):
+        return [batch.tolist() for batch in train.batches(23, 5, seed, steps)]
+
+    first, second = itertools.chain(*of()[:4]), itertools.chain(*of()[4:8])
+    assert len(of()) == 9 and all(len(batch) == 5 for batch in of())
+    first, second = list(first), list(second)
+    assert len(set(first)) == len(set(second)) == 20 and first != second
+    assert of() == of() and of(2) != of() and of(steps=range(6, 9)) == of()[6:]
+    monkeypatch.setattr(train, "RANKS", 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        shares.append(of())
+    monkeypatch.undo()
+    assert all(sorted(a + b) == sorted(whole) for a, b, whole in zip(*shares, of(), strict=True))
 
 
 def test_learning_rate():
@@ -995,6 +1008,7 @@ def test_runs_repeat_and_can_start_from_others(folder, trained, tmp_path):
         arguments = ["--data", folder, "--backbone", "r10", "--width", 16, "--epochs", 1,
                      "--holdout", 0, "--batch-size", 8, "--device", "cpu",
                      "--out", tmp_path / "run", *options]
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
         train.main(list(map(str, arguments)))
         return torch.load(tmp_path / "run" / "last.pt", weights_only=True)["backbone"]
 
@@ -1006,6 +1020,160 @@ def test_runs_repeat_and_can_start_from_others(folder, trained, tmp_path):
     assert torch.equal(tuned["conv1.weight"], start["conv1.weight"])
     baseline = weights("--maug", "none", "--loss", "none")
     assert not torch.equal(baseline["fc.weight"], one["fc.weight"])
+
+
+TINY = ["--backbone", "r10", "--width", "16", "--batch-size", "8", "--holdout", "0",
+        "--device", "cpu"]
+
+
+def weights_of(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_a_killed_run_ends_bit_for_bit_like_another(folder, tmp_path):
+    """SIGKILL at three moments, in and between epochs; then the same command goes on to the end."""
+    command = [sys.executable, HERE / "train.py", "--data", folder, *TINY, "--epochs", "6",
+               "--save-every", "3", "--jitter", "0.5", "--out"]
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    out, begun = tmp_path / "killed", []
+    for steps in (4, 10, 17):
+        process = subprocess.Popen([*command, out], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            begun += re.findall(r"going on from step (\d+)", line)
+            if (step := re.search(r"step (\d+)/24", line)) and int(step[1]) >= steps:
+                break
+        process.kill()
+        process.wait()
+    done = subprocess.run([*command, out], check=True, capture_output=True, text=True)
+    begun += re.findall(r"going on from step (\d+)", done.stdout)
+    assert len(begun) == 3 and all(int(step) % 3 == 0 or int(step) % 4 == 0 for step in begun)
+    one, other = weights_of(tmp_path / "whole"), weights_of(out)
+    for part in ("backbone", "head"):
+        assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    logged = [line["step"] for line in lines if "loss" in line]
+    assert logged == sorted(set(logged)) and logged[-1] == 24
+
+
+def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, capsys):
+    options = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
+    train.main([*options, "--epochs", "2"])
+    content = (tmp_path / "run" / "last.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").write_bytes(content[:len(content) // 2])
+    capsys.readouterr()
+    train.main([*options, "--epochs", "3"])
+    printed = capsys.readouterr().out
+    assert "last.pt is damaged: passed over" in printed
+    assert re.search(r"going on from step 4 of \S+previous.pt", printed)
+    assert weights_of(tmp_path / "run")["step"] == 12
+    for change, message in ((["--loss", "l1"], "made with --loss logexp, not l1"),
+                            (["--width", "32"], "made with --width 16, not 32"),
+                            (["--lr", "0.5"], "made with --lr 0.02, not 0.5"),
+                            (["--maug", "1:1:1"], "made with --maug 1:1:2, not 1:1:1")):
+        with pytest.raises(ValueError, match=message):
+            train.main([*options, *change])
+    shutil.copytree(folder, tmp_path / "more")
+    shutil.copytree(folder / "00", tmp_path / "more" / "99")
+    state = weights_of(tmp_path / "run")
+    state["args"]["data"] = str(tmp_path / "more")
+    torch.save(state, tmp_path / "run" / "last.pt")
+    with pytest.raises(ValueError, match=r"has 8 identities, --data .*more 9"):
+        train.main(["--data", str(tmp_path / "more"), *TINY, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number):
+    command = [sys.executable, HERE / "train.py", "--data", folder, *TINY, "--epochs", "500",
+               "--out", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch 2/" in line:
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == ""
+    (step,) = re.findall(r"stopped at step (\d+), saved in \S+: the same command goes on", out)
+    assert weights_of(tmp_path / "run")["step"] == int(step)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    options = ["--data", str(folder), *TINY, "--epochs", "9", "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+, .*last.pt"):
+        train.main([*options, "--lr", "1e30"])
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    evaluate.write_file(path, b"whole")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = evaluate.run(lambda: evaluate.write_file(path, b"new", tmp_path / "previous.pt"))
+    assert text == f"error: {path}: No space left on device"
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def torchrun(*arguments):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", *map(str, arguments)], check=False, text=True,
+                          capture_output=True, cwd=HERE, timeout=300)
+
+
+def test_two_processes_train_like_one(folder, tmp_path):
+    """Weights agree on both ranks; rank 0 alone writes; a single process goes on from there."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import torch, train
+        from torch import distributed
+        model = train.main(sys.argv[1:])
+        for value in (*model.parameters(), *model.buffers()):
+            both = [torch.empty_like(value) for _ in range(2)]
+            distributed.all_gather(both, value.data.contiguous())
+            if value.requires_grad:
+                assert torch.equal(*both)
+        distributed.destroy_process_group()""")
+    options = ["--data", folder, *TINY, "--out", tmp_path / "run"]
+    done = torchrun(script, *options, "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 8/8") == 1 and weights_of(tmp_path / "run")["step"] == 8
+    done = cli("train.py", *options, "--epochs", 3)
+    assert done.returncode == 0 and "going on from step 8" in done.stdout
+
+
+def test_gradient_of_two_processes_is_that_of_the_joined_batch(tmp_path):
+    """With batch norm in eval mode, as both batches have the same statistics only then."""
+    script = tmp_path / "gradient.py"
+    script.write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import torch
+        import lrfr
+        from lrfr import *
+        from torch import distributed
+        from torch.nn.parallel import DistributedDataParallel
+        distributed.init_process_group("gloo")
+        rank = distributed.get_rank()
+        torch.manual_seed(0)
+        lrfr.random_flip = lambda images: images
+        model = LRFR(IResNet(10, 16), ArcFace(5), lambda x: degrade(x, 7), logexp_loss, 100.0)
+        model.eval()
+        images, labels = torch.rand(8, 3, 112, 112) * 2 - 1, torch.arange(8) % 5
+        model(images, labels)[0].backward()
+        whole = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        parallel = DistributedDataParallel(model)
+        parallel(images[rank::2], labels[rank::2])[0].backward()
+        for p, expected in zip((p for p in model.parameters() if p.requires_grad), whole):
+            assert torch.allclose(p.grad, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+        print("equal", flush=True)
+        distributed.destroy_process_group()""")
+    done = torchrun(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
 
 
 def test_evaluate_compares_checkpoints(trained, lfw, tmp_path):
@@ -1057,7 +1225,7 @@ BAD_COMMANDS = [
     ("train.py --backbone r51", 2, r"invalid choice: '?r51"),
     ("train.py --batch-size many", 2, r"invalid int value: 'many'"),
     ("train.py --device tpu9", 2, r"--device: tpu9: no such device"),
-    ("train.py --data {folder} --batch-size 1000", 1, r"only 32 images"),
+    ("train.py --data {folder} --batch-size 1000", 1, r"there are 32 images"),
     ("train.py --data {folder} --holdout 7", 1, r"leaves fewer than two"),
     ("train.py --data {folder} --init {folder}/00/0.jpg", 1, r"0.jpg: not a checkpoint"),
     ("train.py --data {folder} --init {run}", 1, r"another shape than --backbone r50"),

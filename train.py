@@ -10,23 +10,38 @@ import io
 import json
 import math
 import os
+import signal
 import struct
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from evaluate import (SIZE, add_device_options, autocast, clock, keep_memory, make_pairs, number,
-                      print_table, read_bin, read_image, run, to_input, verify, write_file)
+                      precision, print_table, read_bin, read_image, run, to_input, verify,
+                      write_file)
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
                   logexp_loss, parse_ratio)
+
+RANK, RANKS = (int(os.environ.get(key, low)) for key, low in (("RANK", "0"), ("WORLD_SIZE", "1")))
+STOP_SIGNALS = []  # those that have come in
+
+
+def say(text):
+    """Prints on the first of the processes that torchrun started, or on the only one."""
+    if RANK == 0:
+        print(text, flush=True)
+
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 
@@ -251,7 +266,7 @@ def demo_faces(people, pictures, seed):
 def open_data(name, holdout):
     """--data -> the identities to train on, those held out (or None), and paths of .bin sets."""
     if name == "demo":
-        print("drawing the demo's faces", flush=True)
+        say("drawing the demo's faces")
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next((path for path in (name, os.path.join("data", name)) if os.path.isdir(path)), None)
     if root is None:
@@ -268,22 +283,14 @@ def open_data(name, holdout):
             sorted(glob.glob(os.path.join(glob.escape(root), "*.bin"))) if packed else [])
 
 
-class Batches:
-    """Which images each step takes: a new order every epoch, a function of seed and step alone."""
-
-    def __init__(self, images, batch_size, seed, steps):
-        self.images, self.batch_size, self.seed, self.steps = images, batch_size, seed, steps
-
-    def __iter__(self):
-        per_epoch = self.images // self.batch_size
-        for step in range(self.steps):
-            epoch, i = divmod(step, per_epoch)
-            if i == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
-            yield order[i * self.batch_size:][:self.batch_size]
-
-    def __len__(self):
-        return self.steps
+def batches(images, batch_size, seed, steps):
+    """Yields the images of each of `steps`; every epoch has a new order, every rank its share."""
+    per_epoch, ordered = images // batch_size, None
+    for step in steps:
+        epoch, i = divmod(step, per_epoch)
+        if ordered != epoch:
+            order, ordered = np.random.default_rng([seed, epoch]).permutation(images), epoch
+        yield order[i * batch_size:][:batch_size][RANK::RANKS]
 
 
 def jitter(images, strength):
@@ -313,7 +320,7 @@ def save_faces(path, faces, resolutions):
 
 RECIPE = {  # option: (for real data, for the demo)
     "backbone": ("r50", "r10"), "width": (64, 16), "scale": (64.0, 32.0), "margin": (0.5, 0.3),
-    "epochs": (20, 5), "batch_size": (128, 64), "lr": (0.02, 0.1)}
+    "epochs": (20, 3), "batch_size": (128, 64), "lr": (0.02, 0.1)}
 
 
 def parse_arguments(argv):
@@ -352,6 +359,8 @@ def parse_arguments(argv):
         type=number(int, 0), default=argparse.SUPPRESS)
     add("--out", "folder of the run (default: runs/ and a name made of the arguments)",
         default=argparse.SUPPRESS)
+    add("--save-every", "steps between checkpoints; each epoch ends with one too",
+        type=number(int, 1), default=2000)
     add("--workers", "processes that decode images", type=number(int, 0), default=1)
     add("--seed", "of everything random", type=number(int, 0), default=0)
     add_device_options(parser)
@@ -359,6 +368,7 @@ def parse_arguments(argv):
     for key, (real, demo) in RECIPE.items():
         vars(args).setdefault(key, demo if args.data == "demo" else real)
     vars(args).setdefault("holdout", None)
+    args.seed %= 2**40  # torch takes 64 bits, and each step its own part of them
     if args.maug == "none" and args.loss != "none":
         parser.error(f"--loss {args.loss} compares sharp with degraded faces; --maug none has only "
                      "sharp ones: add --loss none")
@@ -390,8 +400,52 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
 
 
+def resume(args, model, optimiser, scaler):
+    """Loads the newest whole checkpoint of the run; the step to go on from, or 0."""
+    for path in (os.path.join(args.out, name) for name in ("last.pt", "previous.pt")):
+        if not os.path.exists(path):
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            step, old = state["step"], state["args"]
+            parts = [state[key] for key in ("backbone", "head", "optimiser", "scaler")]
+        except Exception:  # torch raises a dozen kinds for a damaged file
+            say(f"{path} is damaged: passed over")
+            continue
+        for key in vars(args).keys() - {"epochs", "out", "init", "workers", "device", "amp",
+                                        "save_every"}:
+            if old.get(key) != vars(args)[key]:
+                raise ValueError(f"{path} was made with --{key.replace('_', '-')} {old.get(key)}, "
+                                 f"not {vars(args)[key]}: give the same, or another --out")
+        if len(parts[1]["weight"]) != len(model.head.weight):
+            raise ValueError(f"{path} has {len(parts[1]['weight'])} identities, --data {args.data} "
+                             f"{len(model.head.weight)}: give the same data, or another --out")
+        for part, saved in zip((model.backbone, model.head, optimiser, scaler), parts, strict=True):
+            part.load_state_dict(saved)
+        say(f"going on from step {step:,} of {path}")
+        return step
+    return 0
+
+
+def open_log(path, step):
+    """The run's log, opened to append, without what a killed run wrote after `step`."""
+    lines = []
+    if step and os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("}\n")
+                     and json.loads(line).get("step", 0) <= step]
+    write_file(path, "".join(lines).encode())
+    return open(path, "a")
+
+
+def ignore_signals(_):
+    """In a worker: leaves it to the training process to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def train(args):
-    """The whole run, from the data to the last table."""
+    """The whole run, from the data to the last table; returns the trained model."""
     torch.manual_seed(args.seed)
     faces, held_out, bins = open_data(args.data, args.holdout)
     each_epoch = [read_bin(path) for path in bins]
@@ -399,82 +453,127 @@ def train(args):
                   ] if held_out else []
     model = build(args, faces.classes)
     per_epoch = len(faces) // args.batch_size
-    if not per_epoch:
-        raise ValueError(f"--batch-size {args.batch_size}, but there are only {len(faces)} images")
-    steps = per_epoch * args.epochs
-    arguments = {**vars(args), "device": str(args.device)}
-    os.makedirs(args.out, exist_ok=True)
-    shown = args.resolutions if model.maug else [7, 14, 20]
-    save_faces(os.path.join(args.out, "faces.png"), faces, shown)
-    print(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
-          f"the run goes to {args.out}", flush=True)
-
+    if not per_epoch or args.batch_size < 2 * RANKS:
+        raise ValueError(f"--batch-size {args.batch_size}, but there are {len(faces)} images, and "
+                         f"processes, each of which takes two or more: {RANKS}")
+    steps, last = per_epoch * args.epochs, os.path.join(args.out, "last.pt")
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
-    loader = DataLoader(faces, batch_sampler=Batches(len(faces), args.batch_size, args.seed, steps),
-                        collate_fn=collate, num_workers=args.workers,
-                        pin_memory=args.device.type == "cuda")
-    with open(os.path.join(args.out, "log.jsonl"), "w") as log:
-        print(json.dumps({"args": arguments}), file=log, flush=True)
-        model.train()
-        begun = logged = time.time()
-        since, sums = 0, None  # steps, and sums of the loss and its parts, since the last line
-        bad = set()
-        for step, (images, labels, errors) in enumerate(loader):
-            for error in set(errors) - bad:
-                bad.add(error)
-                print(f"skipped: {error}", flush=True)
-                print(json.dumps({"step": step + 1, "skipped": error}), file=log, flush=True)
-                if len(bad) > len(faces) / 1000:
-                    raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more "
-                                     f"than 1 in 1,000; the last: {error}")
-            torch.manual_seed(args.seed * 1_000_003 + step)  # draws depend on seed and step alone
-            lr = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
-            images = to_input(images, args.device)
-            labels = labels.to(args.device, non_blocking=True)
-            if args.jitter:
-                images = jitter(images, args.jitter)
-            with autocast(args.device, args.amp):
-                loss, parts = model(images, labels)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
-            optimiser.step()
+    scaler = torch.amp.GradScaler(args.device.type,
+                                  enabled=precision(args.device, args.amp) == torch.float16)
+    begin = resume(args, model, optimiser, scaler)
+    parallel = DistributedDataParallel(model) if RANKS > 1 else model
+    loader = DataLoader(
+        faces, batch_sampler=batches(len(faces), args.batch_size, args.seed, range(begin, steps)),
+        collate_fn=collate, num_workers=args.workers, worker_init_fn=ignore_signals,
+        pin_memory=args.device.type == "cuda")
+    arguments = {**vars(args), "device": str(args.device)}
+    say(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; the "
+        f"run goes to {args.out}")
+    if RANK == 0:
+        os.makedirs(args.out, exist_ok=True)
+        save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
+    log_file = open_log(os.path.join(args.out, "log.jsonl"), begin) if RANK == 0 else None
 
-            values = torch.stack([loss.detach(), *parts.values()])
-            since, sums = since + 1, values if sums is None else sums + values
-            epoch_ends = (step + 1) % per_epoch == 0
-            if since == 20 or epoch_ends:
-                means = (sums / since).tolist()  # the only place that waits for the device
-                now = time.time()
-                rate, left = since / (now - logged), (now - begun) / (step + 1) * (steps - step - 1)
-                line = {"epoch": step // per_epoch + 1, "step": step + 1,
-                        **dict(zip(["loss", *parts], means, strict=True)), "lr": lr,
-                        "images_per_s": rate * args.batch_size, "seconds": now - begun}
-                print(json.dumps(line), file=log, flush=True)
-                print(f"epoch {line['epoch']}/{args.epochs}  step {step + 1:,}/{steps:,}  loss "
-                      f"{means[0]:.3f} ({', '.join(f'{k} {line[k]:.3g}' for k in parts)})  "
-                      f"lr {lr:.4f}  {line['images_per_s']:.0f} images/s  {clock(left)} left",
-                      flush=True)
-                since, sums, logged = 0, None, now
+    def log(entry):
+        if RANK == 0:
+            print(json.dumps(entry), file=log_file, flush=True)
+
+    def save(step):
+        if RANK == 0:
+            file = io.BytesIO()
+            torch.save({"backbone": model.backbone.state_dict(), "head": model.head.state_dict(),
+                        "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+                        "step": step, "args": arguments}, file)
+            write_file(last, file.getbuffer(), previous=os.path.join(args.out, "previous.pt"))
+
+    def evaluate(sets, step):
+        model.eval()
+        for pairs in sets if RANK == 0 else []:
+            rows = verify({os.path.basename(os.path.normpath(args.out)): model.backbone}, pairs,
+                          [7, 14, 20, SIZE], "sum", args.device, args.amp)
+            print_table(rows)
+            log({"step": step, "evaluation": rows})
+        model.train()
+
+    log({"args": arguments, "begin": begin})
+    model.train()
+    handlers = {name: signal.signal(name, lambda name, _: STOP_SIGNALS.append(name))
+                for name in (signal.SIGINT, signal.SIGTERM)}
+    begun = logged = time.time()
+    bad, since, sums = set(), 0, 0  # steps, and sums of the loss and its parts, since the last line
+    for step, (images, labels, errors) in enumerate(loader, begin + 1):
+        for error in set(errors) - bad:
+            bad.add(error)
+            print(f"skipped: {error}", flush=True)
+            log({"step": step, "skipped": error})
+            if len(bad) > len(faces) / 1000:
+                raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more than 1 "
+                                 f"in 1,000; the last: {error}")
+        # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
+        torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
+        lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
+        images = to_input(images, args.device)
+        labels = labels.to(args.device, non_blocking=True)
+        if args.jitter:
+            images = jitter(images, args.jitter)
+        with autocast(args.device, args.amp):
+            loss, parts = parallel(images, labels)
+        optimiser.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+        scaler.step(optimiser)
+        scaler.update()
+
+        since, sums = since + 1, sums + torch.stack([loss.detach(), *parts.values()])
+        epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
+        if since == 20 or epoch_ends or save_now or (STOP_SIGNALS and RANKS == 1):
+            if RANKS > 1:
+                distributed.all_reduce(sums)
+            means = (sums / since / RANKS).tolist()  # the only place that waits for the device
+            if not math.isfinite(means[0]) and scaler.get_scale() <= 1:  # float16's scaler may help
+                raise ValueError(f"the loss is {means[0]} at step {step}, learning rate {lr:.3g}: "
+                                 f"try a lower --lr. The last good checkpoint: {last}")
+            now = time.time()
+            rate = since / (now - logged)
+            line = {"epoch": (step - 1) // per_epoch + 1, "step": step,
+                    **dict(zip(["loss", *parts], means, strict=True)), "lr": lr,
+                    "images_per_s": rate * args.batch_size, "seconds": now - begun}
+            log(line)
+            shown = ", ".join(f"{key} {line[key]:.3g}" for key in parts)
+            say(f"epoch {line['epoch']}/{args.epochs}  step {step:,}/{steps:,}  loss "
+                f"{means[0]:.3f} ({shown})  lr {lr:.4f}  {line['images_per_s']:.0f} images/s  "
+                f"{clock((steps - step) / rate)} left")
+            since, sums, logged = 0, 0, now
+            stop = torch.tensor(len(STOP_SIGNALS), device=args.device)
+            if RANKS > 1:
+                distributed.all_reduce(stop)
+            if epoch_ends or save_now or stop:
+                save(step)
+            if stop and step < steps:
+                say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
+                raise SystemExit(128 + (STOP_SIGNALS or [signal.SIGTERM])[0])
             if epoch_ends:
-                write_file(os.path.join(args.out, "last.pt"), {
-                    "backbone": model.backbone.state_dict(), "head": model.head.state_dict(),
-                    "step": step + 1, "args": arguments})
-                model.eval()
-                for pairs in each_epoch + at_the_end * (step + 1 == steps):
-                    rows = verify({os.path.basename(os.path.normpath(args.out)): model.backbone},
-                                  pairs, [7, 14, 20, SIZE], "sum", args.device, args.amp)
-                    print_table(rows)
-                    print(json.dumps({"epoch": line["epoch"], "evaluation": rows}), file=log)
-                model.train()
-    print(f"done in {clock(time.time() - begun)}; the weights: {os.path.join(args.out, 'last.pt')}")
+                evaluate(each_epoch, step)
+                logged = time.time()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    evaluate(at_the_end, steps)
+    say(f"done in {clock(time.time() - begun)}; the weights: {last}")
+    return model
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     keep_memory()
-    train(args)
+    if RANKS > 1:
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)
+        distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
+                                       timeout=timedelta(hours=3))  # rank 0 evaluates alone
+    return train(args)
 
 
 if __name__ == "__main__":
