@@ -57,7 +57,7 @@ def parse_ratio(text):
         ratio = tuple(float(part) for part in text.split(":"))
     except ValueError:
         ratio = ()
-    if not all(0 <= r < math.inf for r in ratio) or not 0 < sum(ratio) < math.inf:
+    if not all(r >= 0 for r in ratio) or not 0 < sum(ratio) < math.inf:
         raise ValueError(f"not a ratio: '{text}' (numbers >= 0 joined by colons, such as 1:1:2)")
     return ratio
 
@@ -115,8 +115,7 @@ class Block(nn.Module):
             nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        out = self.conv1(self.bn1(x))
-        out = self.bn3(self.conv2(self.prelu(self.bn2(out))))
+        out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         return out + (x if self.downsample is None else self.downsample(x))
 
 
@@ -146,7 +145,7 @@ class IResNet(nn.Module):
         self.fc = nn.Linear(outputs * 7 * 7, embed_dim)
         self.features = nn.BatchNorm1d(embed_dim)
         self.features.weight.requires_grad_(False)  # frozen at 1, as in InsightFace
-        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.normal_(conv.weight, 0, 0.1)
 
     def forward(self, images):
@@ -164,16 +163,17 @@ OTHER_LAYOUTS = {"features.module.": "MagFace's: BGR input, another batch norm",
 def load_backbone(path):
     """An IResNet in eval mode, on the CPU, from a checkpoint of train.py or an InsightFace file.
 
-    Its tensors tell depth and width; it can run no code. A ValueError says what else a file is.
+    Its tensors tell depth and width; no file can run code. A ValueError says what else it is.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("backbone", state) if isinstance(state, dict) else {}
+        state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)
+                 and v.untyped_storage().nbytes() >= v.nbytes}  # no view that claims more memory
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or 'cannot be read'}") from None
-    except Exception:  # torch raises a dozen kinds for a file that is cut short, or holds code
+    except Exception:  # of a dozen kinds, for a file that is cut short, or holds code
         raise ValueError(f"{path}: not a checkpoint, damaged, or more than tensors") from None
-    state = state.get("backbone", state) if isinstance(state, dict) else {}
-    state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     blocks = tuple(len({name.split(".")[1] for name in state if name.startswith(layer)})
                    for layer in ("layer1.", "layer2.", "layer3.", "layer4."))
     depth = {blocks: depth for depth, blocks in DEPTHS.items()}.get(blocks)

@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -229,11 +230,15 @@ def test_load_backbone_refuses_everything_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = IResNet(10, 4, 8).state_dict()
     narrow = {**state, "fc.bias": torch.zeros(7)}
+    with torch.device("meta"):
+        shapes = IResNet(10, 2**16).state_dict()  # 50 TB, if they were more than views
+    views = {key: torch.zeros(()).expand(value.shape) for key, value in shapes.items()}
     files = {
         "ada.pth": ({"model.input_layer.0.weight": torch.zeros(1)}, "AdaFace"),
         "mag.pth": ({f"features.module.{k}": v for k, v in state.items()}, "MagFace"),
         "resnet.pth": (torchvision.models.resnet18().state_dict(), "torchvision"),
         "list.pth": ([1, 2], "none we know"), "other.pth": ({"a": torch.zeros(1)}, "none we know"),
+        "views.pth": (views, "not InsightFace"),
         "narrow.pth": (narrow, "fc.bias"), "bomb.pth": (Bomb(), "not a checkpoint"),
         "text.pth": ("", "not a checkpoint"), "empty.pth": ("", "not a checkpoint")}
     for name, (content, message) in files.items():
@@ -775,6 +780,54 @@ def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["file"]
     evaluate.write_file(path, b"new", previous=tmp_path / "new" / "before")
     assert path.read_bytes() == b"new" and (tmp_path / "new" / "before").read_bytes() == b"old"
+
+
+def mutated(content, rng):
+    """The same bytes, damaged in up to five places."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        near = min(len(content), 300) if rng.random() < 0.5 else len(content)
+        i, n = int(rng.integers(near + 1)), int(rng.integers(1, 40))
+        kind = rng.integers(4)
+        if kind == 0:
+            content[i:i + n] = rng.bytes(n)
+        elif kind == 1:
+            content[i:i + 4] = [b"\xff\xff\xff\x7f", b"\0\0\0\0", b"-1\t", b"99999999999"][n % 4]
+        elif kind == 2:
+            del content[i:i + n]
+        elif rng.random() < 0.2:
+            del content[i:]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["rec", "idx", "bin", "pairs", "checkpoint"])
+def test_fuzz(kind, drawn, lfw, tmp_path):
+    """Whatever stands in a file, its reader ends soon, with a result or one line of complaint."""
+    def read_records():
+        faces = train.record_file(tmp_path / "rec")
+        return [faces[i] for i in range(min(len(faces), 5))]
+
+    insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
+    shutil.copytree(lfw, tmp_path / "lfw")
+    (tmp_path / "a.bin").write_bytes(pickle.dumps((list(drawn.sources[:20]), [True] * 10), 2))
+    torch.save(IResNet(10, 2, 4).state_dict(), tmp_path / "c.pt")
+    path, read = {
+        "rec": (tmp_path / "rec" / "train.rec", read_records),
+        "idx": (tmp_path / "rec" / "train.idx", read_records),
+        "bin": (tmp_path / "a.bin", lambda: evaluate.read_bin(tmp_path / "a.bin")),
+        "pairs": (tmp_path / "lfw" / "pairs.txt", lambda: evaluate.read_lfw(tmp_path / "lfw")),
+        "checkpoint": (tmp_path / "c.pt", lambda: load_backbone(tmp_path / "c.pt"))}[kind]
+    rng, content, refused = np.random.default_rng(0), path.read_bytes(), 0
+    for _ in range(60):
+        path.write_bytes(mutated(content, rng))
+        start = time.time()
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(path.parent) in str(error) and "\n" not in str(error)
+        assert time.time() - start < 5
+    assert refused
 
 
 # ---- 7. Training --------------------------------------------------------------------------------
