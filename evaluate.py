@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Low-resolution face verification and identification: python evaluate.py CHECKPOINT --lfw DIR
 
-Every set is run at each resolution in two ways: both images degraded (what the paper plots), and
-sharp against degraded (a passport photo against a camera). Verification: ten folds; the threshold
+Verification is run at each resolution in two ways: both images degraded (what the paper plots), and
+sharp against degraded (a passport photo against a camera), in ten folds; the threshold
 of a fold is the best of the other nine on the grid -1, -0.995 .. 1 of cosines, the highest of
 equals, as in the official code. Identification: rank-1, one sharp image per person in the gallery.
 """
@@ -16,7 +16,6 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,11 +66,10 @@ def to_input(images, device):
 
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".")
+    temporary = f"{path}.{os.getpid()}"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -79,7 +77,8 @@ def write_file(path, content, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        if os.path.exists(temporary):
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
@@ -459,6 +458,8 @@ def run(main):
         main()
     except ValueError as error:
         return f"error: {error}"
+    except KeyboardInterrupt:
+        return "error: interrupted"
     except OSError as error:
         return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
 

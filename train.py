@@ -166,6 +166,8 @@ def record_file(root):
             end += 1
     if end < len(keys) and keys[-1] < 2**24:
         firsts = np.array([read(offset)[0][0] for offset in offsets[end:]])
+        if firsts[0] != keys[start] or (np.diff(firsts) <= 0).any() or firsts[-1] > keys[end - 1]:
+            raise ValueError(f"{path}: its identity records do not tell the first image of each")
         own = np.array([read(offset)[0][0] for offset in offsets[np.searchsorted(keys, firsts)]])
         labels = own[np.searchsorted(firsts, keys[start:end], side="right") - 1]
     else:
@@ -208,9 +210,9 @@ def draw_faces(traits, rng):
         radius = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
         canvas = torch.lerp(canvas, colour, torch.sigmoid(-3 * outside * radius / edge)[:, None])
 
-    tone, dark = 0.66 + 0.2 * t[0], 0.28 + 0.24 * t[2]
-    skin = rgb(tone + 0.12, tone - 0.06 + 0.03 * t[1], tone - 0.2 - 0.05 * t[1])
-    hair = rgb(dark + 0.06, dark + 0.06 * t[3], dark - 0.08 + 0.05 * t[3])
+    tone, dark = 0.66 + 0.08 * t[0], 0.26 + 0.12 * t[2]
+    skin = rgb(tone + 0.12, tone - 0.06 + 0.015 * t[1], tone - 0.2 - 0.025 * t[1])
+    hair = rgb(dark + 0.06, dark + 0.03 * t[3], dark - 0.08 + 0.025 * t[3])
     lips = rgb(0.68 + 0.15 * t[0], 0.32 + 0.1 * t[0], 0.34 + 0.1 * t[0])
     iris = rgb(0.3 + 0.12 * t[17], 0.28 + 0.1 * t[17], 0.28 - 0.2 * t[17])
     wide, tall, nose, mouth = (0.56 + 0.07 * t[4], 0.76 + 0.07 * t[5], 0.1 + 0.03 * t[23],
@@ -241,7 +243,7 @@ def draw_faces(traits, rng):
     ellipse(0, 0.53, mouth + 0.015 * smile, 0.055 + 0.02 * t[3], lips, 0.6, bend=0.6 * smile + 0.5)
     ellipse(0, 0.53, mouth * 0.85, 0.016 + 0.012 * F.relu(smile), lips * 0.45, 0.6,
             bend=0.6 * smile + 0.5)
-    light = (1 + 0.16 * bright + 0.2 * lit_x * u + 0.12 * lit_y * v)[:, None]
+    light = (1 + 0.2 * bright + 0.25 * lit_x * u + 0.15 * lit_y * v)[:, None]
     canvas = canvas * light * (1 + 0.07 * rgb(warm, 0 * warm, -warm))
     canvas = canvas + 0.03 * torch.randn(canvas.shape, generator=rng)
     return (canvas.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
@@ -276,7 +278,9 @@ def open_data(name, holdout):
             "aligned 112 x 112 faces as identity/image.jpg, or try --data demo")
     packed = os.path.exists(os.path.join(root, "train.rec"))
     faces = record_file(root) if packed else image_folder(root)
-    count = min(100, faces.classes // 20) if holdout is None else holdout
+    count = holdout
+    if holdout is None:  # two or more, or none where they are few
+        count = min(100, faces.classes // 20) * (faces.classes >= 40)
     if count > faces.classes - 2:
         raise ValueError(f"--holdout {count} of {faces.classes} identities leaves fewer than two")
     return (*(faces.split(count) if count else (faces, None)),
@@ -298,7 +302,7 @@ def jitter(images, strength):
     scale, turn, right, down, contrast, bright = strength * (torch.rand(6, len(images)) * 2 - 1)
     cos, sin = (1 + 0.15 * scale) * (0.15 * turn).cos(), (1 + 0.15 * scale) * (0.15 * turn).sin()
     affine = torch.stack([cos, -sin, 0.1 * right, sin, cos, 0.1 * down], 1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, images.shape, align_corners=False).to(images.device)
+    grid = F.affine_grid(affine.to(images.device), images.shape, align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     gain, offset = (0.3 * z.view(-1, 1, 1, 1).to(images.device) for z in (contrast, bright))
     return (images * (1 + gain) + offset).clamp(-1, 1)
@@ -409,6 +413,8 @@ def resume(args, model, optimiser, scaler):
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, old = state["step"], state["args"]
             parts = [state[key] for key in ("backbone", "head", "optimiser", "scaler")]
+        except OSError:
+            raise
         except Exception:  # torch raises a dozen kinds for a damaged file
             say(f"{path} is damaged: passed over")
             continue
@@ -424,6 +430,8 @@ def resume(args, model, optimiser, scaler):
             part.load_state_dict(saved)
         say(f"going on from step {step:,} of {path}")
         return step
+    if os.path.exists(os.path.join(args.out, "last.pt")):
+        raise ValueError(f"no checkpoint in {args.out} is whole: remove it, or give another --out")
     return 0
 
 
@@ -449,8 +457,11 @@ def train(args):
     torch.manual_seed(args.seed)
     faces, held_out, bins = open_data(args.data, args.holdout)
     each_epoch = [read_bin(path) for path in bins]
-    at_the_end = [make_pairs("held-out identities", held_out.sources, held_out.labels)
-                  ] if held_out else []
+    at_the_end = []
+    if held_out:
+        whole = np.array([i for i in range(len(held_out)) if held_out[i][2] is None], int)
+        at_the_end = [make_pairs("held-out identities", held_out.sources[whole],
+                                 held_out.labels[whole])]
     model = build(args, faces.classes)
     per_epoch = len(faces) // args.batch_size
     if not per_epoch or args.batch_size < 2 * RANKS:
