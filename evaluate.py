@@ -426,12 +426,13 @@ def print_table(rows):
 # ---- 4. Command line ----------------------------------------------------------------------------
 
 
-def number(kind, low):
-    """An argparse type: an int or float that is finite and at least `low`."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: at least {low} is needed")
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: at least {low}" + (
+                f" and at most {high}" if high < math.inf else "") + " is needed")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
@@ -458,6 +459,8 @@ def run(main):
         main()
     except ValueError as error:
         return f"error: {error}"
+    except torch.OutOfMemoryError:
+        return "error: out of GPU memory: try a smaller --batch-size"
     except KeyboardInterrupt:
         return "error: interrupted"
     except OSError as error:
@@ -476,8 +479,8 @@ def main(argv=None):
     add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
     add("--tinyface", metavar="DIR", help="TinyFace, or its Testing_Set")
     add("--match", metavar="IMAGE", nargs="+", help="cosine similarities of aligned faces")
-    add("--resolutions", type=number(int, 1), nargs="+", default=[7, 14, 20, SIZE], metavar="PX",
-        help="to degrade verification sets to, in pixels")
+    add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=[7, 14, 20, SIZE],
+        metavar="PX", help="to degrade verification sets to, in pixels")
     add("--flip", choices=["sum", "concat", "none"], default="sum",
         help="what the mirrored image adds to an embedding")
     add("--json", metavar="FILE", help="write the results here too")

@@ -157,7 +157,7 @@ class IResNet(nn.Module):
 
 
 OTHER_LAYOUTS = {"features.module.": "MagFace's: BGR input, another batch norm", "input_layer.":
-                 "AdaFace's network", "layer1.0.bn2.": "torchvision's ResNet", "": "none we know"}
+                 "AdaFace's", "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none"}
 
 
 def load_backbone(path):
@@ -180,12 +180,12 @@ def load_backbone(path):
     if depth is None or not {"conv1.weight", "prelu.weight", "fc.weight"} <= state.keys():
         likely = [what for mark, what in OTHER_LAYOUTS.items() if mark in " ".join(state)]
         raise ValueError(f"{path}: not InsightFace's IResNet; it looks like {likely[0]}")
-    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        backbone = IResNet(depth, len(state["conv1.weight"]), len(state["fc.weight"]))
     try:
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            backbone = IResNet(depth, len(state["conv1.weight"]), len(state["fc.weight"]))
         backbone.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: no IResNet: {str(error).splitlines()[1].strip()}") from None
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: no IResNet: {str(error).split(chr(10))[-1].strip()}") from None
     return backbone.float().eval()
 
 

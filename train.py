@@ -341,8 +341,8 @@ def parse_arguments(argv):
     add("--data", "folder of identity/image.jpg, or of train.rec, or demo: drawn faces",
         default="demo")
     add("--maug", "ratio of the resolutions, or none", default="1:1:2")
-    add("--resolutions", "of MAug, in pixels", type=number(int, 1), nargs="+", default=[7, 14, 20],
-        metavar="PX")
+    add("--resolutions", "of MAug, in pixels", type=number(int, 1, SIZE), nargs="+",
+        default=[7, 14, 20], metavar="PX")
     add("--loss", "distance between sharp and degraded", choices=["logexp", "l1", "l2", "none"],
         default="logexp")
     add("--p", "exponent of the LogExp distance", type=number(float, 1), default=1.0)
@@ -352,7 +352,7 @@ def parse_arguments(argv):
         type=number(int, 16))
     add("--dropout", "before the last layer", type=number(float, 0), default=0.0)
     add("--scale", "s of ArcFace", type=number(float, 0))
-    add("--margin", "m of ArcFace, in radians", type=number(float, 0))
+    add("--margin", "m of ArcFace, in radians", type=number(float, 0, 1.5))
     add("--epochs", "passes over the data", type=number(int, 1))
     add("--batch-size", "faces per step", type=number(int, 2))
     add("--lr", "highest learning rate", type=number(float, 0))
@@ -421,8 +421,8 @@ def resume(args, model, optimiser, scaler):
         for key in vars(args).keys() - {"epochs", "out", "init", "workers", "device", "amp",
                                         "save_every"}:
             if old.get(key) != vars(args)[key]:
-                raise ValueError(f"{path} was made with --{key.replace('_', '-')} {old.get(key)}, "
-                                 f"not {vars(args)[key]}: give the same, or another --out")
+                raise ValueError(f"{path} was made with {key} {old.get(key)}, not "
+                                 f"{vars(args)[key]}: give the same, or another --out")
         if len(parts[1]["weight"]) != len(model.head.weight):
             raise ValueError(f"{path} has {len(parts[1]['weight'])} identities, --data {args.data} "
                              f"{len(model.head.weight)}: give the same data, or another --out")
@@ -472,7 +472,14 @@ def train(args):
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type,
                                   enabled=precision(args.device, args.amp) == torch.float16)
+    args.images = len(faces)  # of which a checkpoint has to know the same number
     begin = resume(args, model, optimiser, scaler)
+    begins = [begin] * RANKS
+    if RANKS > 1:
+        distributed.all_gather_object(begins, begin)
+    if len(set(begins)) > 1:
+        raise ValueError(f"the processes find checkpoints of different steps, {begins}: --out must "
+                         "be a folder that all machines share")
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     loader = DataLoader(
         faces, batch_sampler=batches(len(faces), args.batch_size, args.seed, range(begin, steps)),
