@@ -1,74 +1,63 @@
 # SPDX-License-Identifier: MIT
 """Low-resolution face verification and identification: python evaluate.py CHECKPOINT --lfw DIR
 
-Verification is run at each resolution in two ways: both images degraded (what the paper plots), and
-sharp against degraded (a passport photo against a camera), in ten folds; the threshold
-of a fold is the best of the other nine on the grid -1, -0.995 .. 1 of cosines, the highest of
-equals, as in the official code. Identification: rank-1, one sharp image per person in the gallery.
+Verification: at each resolution with both images degraded (what the paper plots), and across, with
+a sharp image against a degraded one (a passport photo against a camera). Identification: is the
+nearest image of a sharp gallery the probe's person?
 """
 import argparse
 import ctypes
 import io
 import itertools
 import json
-import math
 import os
 import pickle
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lrfr import degrade, embed, load_backbone
+from lrfr import degrade, embed, load_backbone, to_input
 
 SIZE = 112  # height and width of an aligned face
+RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
 MAX_PIXELS = 50_000_000  # of an image; a larger one may be a decompression bomb
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns, up to twice its own limit
 
 # ---- 1. Files -----------------------------------------------------------------------------------
-
-
 @cache
 def say_once(text):
     print(text, file=sys.stderr, flush=True)
 
-
 def read_image(source, name=None):
     """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
-    name, file = (name, io.BytesIO(source)) if isinstance(source, bytes) else (source, source)
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{name}: not a readable image ({reason})") from None
+        name, reason = name if isinstance(source, bytes) else source, getattr(error, "strerror", 0)
+        raise ValueError(f"{name}: not a readable image ({reason or error})") from None
     if image.size != (SIZE, SIZE):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-
-def to_input(images, device):
-    """uint8 images -> what a backbone takes: float in [-1, 1], channels last, on the device."""
-    images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
     temporary = f"{path}.{os.getpid()}"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -76,65 +65,57 @@ def write_file(path, content, previous=None):
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, path) from None
-        raise
 
-
-# ---- 2. Protocols -------------------------------------------------------------------------------
-
-
+# ---- 2. Benchmarks ------------------------------------------------------------------------------
 @dataclass
-class Pairs:
-    """A verification set of P pairs, in ten contiguous folds."""
+class Benchmark:
+    """Faces to verify (P pairs, in ten contiguous folds), to identify (a gallery), or both."""
 
     name: str
-    sources: list  # of images: paths, or the bytes of image files
-    first: np.ndarray  # (P,) index of the first image of a pair
-    second: np.ndarray  # (P,)
-    same: np.ndarray  # (P,) bool: one person, or two
-    identity: np.ndarray | None = None  # (len(sources),) whose face it is, where that is known
+    sources: list  # of n images: paths, or the bytes of image files
+    pairs: tuple | None = None  # (P,) index of one image, (P,) of the other, (P,) bool: one person
+    identity: np.ndarray | None = None  # (n,) whose face it is, -1: nobody's
+    gallery: np.ndarray | None = None  # indices of images
+    probes: dict = field(default_factory=dict)  # {name of a set of probes: indices of images}
 
-
-NUMBERS = re.compile("[0-9]{1,8} [0-9]{1,8}")
-
+def verification(name, sources, first, second, same, identity=None):
+    """The benchmark of these pairs. Its gallery: one image of each person, where that is known."""
+    same = np.asarray(same, bool)
+    if len(same) < 10:
+        raise ValueError(f"{name}: {len(same)} pairs; ten folds take at least ten")
+    data = Benchmark(os.path.basename(name).removesuffix(".bin"), sources, (first, second, same))
+    if identity is not None:
+        data.identity, data.gallery = identity, np.unique(identity, return_index=True)[1]
+        data.probes = {"": np.setdiff1d(np.arange(len(identity)), data.gallery)}
+    return data
 
 def read_lfw(root, file="pairs.txt"):
     """LFW (or XQLFW): `root`/`file` lists pairs, `root`/Name/Name_0001.jpg are aligned images."""
     path, index, pairs = os.path.join(root, file), {}, []
     with open(path, encoding="utf-8", errors="replace") as lines:
         for count, line in enumerate(lines, 1):
-            fields = line.split()
-            if len(fields) <= 2 and (count == 1 or not fields):
-                continue  # the header: folds, and pairs of a kind per fold
-            if len(fields) == 3:
-                fields.insert(2, fields[0])  # one person, two images
-            if len(fields) != 4 or not NUMBERS.fullmatch(" ".join(fields[1::2])):
+            pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
+            if not pair:
+                if len(line.split()) <= 2 and (count == 1 or not line.strip()):
+                    continue  # the header: folds, and pairs of a kind per fold
                 raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
-            images = [os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
-                      for name, i in (fields[:2], fields[2:])]
-            for image in images:
-                if image not in index and ("\0" in image or not os.path.isfile(image)):
+            for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
+                image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
+                if image not in index and not os.path.isfile(image):
                     raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
-            pairs += [index.setdefault(image, len(index)) for image in images]
-    people = [os.path.basename(os.path.dirname(image)) for image in index]
-    identity = np.unique(people, return_inverse=True)[1]
+                pairs.append(index.setdefault(image, len(index)))
+    identity = np.unique([os.path.basename(os.path.dirname(image)) for image in index],
+                         return_inverse=True)[1].astype(int)
     first, second = np.array(pairs, int).reshape(-1, 2).T
-    same = identity[first] == identity[second] if pairs else []
-    name = "LFW" if file == "pairs.txt" else "XQLFW"
-    return checked(Pairs(name, list(index), first, second, same, identity), path)
-
-
-def checked(pairs, path):
-    """The same pairs, if they can make ten folds."""
-    pairs.same = np.asarray(pairs.same, bool)
-    if len(pairs.same) < 10:
-        raise ValueError(f"{path}: {len(pairs.same)} pairs; ten folds take at least ten")
-    return pairs
-
+    data = verification(path, [*index], first, second, identity[first] == identity[second],
+                        identity)
+    data.name = "LFW" if file == "pairs.txt" else "XQLFW"
+    return data
 
 BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets instead
     "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
@@ -145,13 +126,11 @@ BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets i
         code.decode() if isinstance(code, bytes) else code]),
     "numpy.ndarray": None}
 
-
 class BinUnpickler(pickle._Unpickler):
     """Calls nothing but BIN_CALLS. (The unpickler in C takes whatever memory a file asks for.)"""
 
     def find_class(self, module, name):
         return BIN_CALLS[f"{module}.{name}".replace("numpy._core", "numpy.core")]
-
 
 def read_bin(path):
     """InsightFace's .bin: a pickle of (images, issame); pair i is images 2 i and 2 i + 1."""
@@ -162,23 +141,11 @@ def read_bin(path):
         images = [image if isinstance(image, bytes) else image.tobytes() for image in images]
         same = [bool(value) for value in same]
     except Exception as error:  # whatever a damaged or hostile pickle leads to
-        raise ValueError(f"{path}: not a .bin of InsightFace: it stops at, or asks for, "
-                         f"{str(error)[:100] or type(error).__name__}") from None
+        reason = str(error)[:60] or type(error).__name__
+        raise ValueError(f"{path}: not a .bin: stops at, or asks for, {reason}") from None
     if len(images) != 2 * len(same):
         raise ValueError(f"{path}: {len(images)} images for {len(same)} pairs")
-    name, even = os.path.basename(path).removesuffix(".bin"), np.arange(0, len(images), 2)
-    return checked(Pairs(name, images, even, even + 1, same), path)
-
-
-@dataclass
-class Search:
-    """An identification set: whose is each probe? All images by path, native resolution."""
-
-    name: str
-    gallery: list
-    gallery_identity: np.ndarray  # (G,)
-    probes: dict  # {name of a probe set: (paths, (n,) identities)}
-
+    return verification(path, images, *np.arange(len(images)).reshape(-1, 2).T, same)
 
 def images_below(root):
     """Paths of the images in a folder, however deep, sorted; aligned or cropped ones come first."""
@@ -186,68 +153,61 @@ def images_below(root):
              if file.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))]
     return sorted(paths, key=lambda path: (not re.search("align|crop", path.lower()), path))
 
-
 def read_scface(root, subjects="all"):
     """SCface: 001_frontal.jpg; 001_cam1_1.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
 
     subjects: "all" 130, or "test", the 80 from 051 on (050 and below are for fine-tuning).
     """
-    found = {"frontal": {}, "1": {}, "2": {}, "3": {}}  # {distance: {(subject, camera): path}}
+    found = {}  # {(subject, distance, camera): path}; 0 and 0 for a mugshot
     for path in images_below(root):
-        name = os.path.splitext(os.path.basename(path))[0].lower()
-        parts = re.fullmatch("([0-9]{3})_(frontal|cam([1-5])_([123]))", name)
+        stem = os.path.splitext(os.path.basename(path))[0].lower()
+        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", stem)
         if parts and (subjects == "all" or int(parts[1]) > 50):
-            found[parts[4] or "frontal"].setdefault((int(parts[1]), parts[3]), path)
-    mugshots = found.pop("frontal")
-    known, seen = {who for who, _ in mugshots}, {who for keys in found.values() for who, _ in keys}
+            found.setdefault((int(parts[1]), int(parts[3] or 0), int(parts[2] or 0)), path)
+    person, distance, _ = np.array(list(found), int).reshape(-1, 3).T
+    known, seen = set(person[distance == 0]), set(person[distance > 0])
     if not known or known != seen:
-        person = min(known ^ seen, default=1)
-        raise ValueError(f"{root}: subject {person:03d} has no " + (
-            f"surveillance image ({person:03d}_cam1_1.jpg)" if person in known else
-            f"mugshot ({person:03d}_frontal.jpg)"))
-    probes = {f"d{d}": (list(images.values()), np.array([person for person, _ in images]))
-              for d, images in found.items() if images}
-    return Search(f"SCface, {len(known)} subjects ({subjects})", list(mugshots.values()),
-                  np.array([person for person, _ in mugshots]), probes)
-
+        lacking = min(known ^ seen, default=1)
+        raise ValueError(f"{root}: subject {lacking:03d} has no mugshot ({lacking:03d}_frontal.jpg)"
+                         f" or no surveillance image ({lacking:03d}_cam1_1.jpg)")
+    return Benchmark(f"SCface, {len(known)} subjects ({subjects})", list(found.values()), None,
+                     person, np.flatnonzero(distance == 0),
+                     {f"d{d}": np.flatnonzero(distance == d) for d in (1, 2, 3) if d in distance})
 
 def read_tinyface(root):
     """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12."""
     inner = os.path.join(root, "Testing_Set")
     root = inner if os.path.isdir(inner) else root
-    probe, match, distractors = (images_below(os.path.join(root, name)) for name in (
-        "Probe", "Gallery_Match", "Gallery_Distractor"))
+    folders = [images_below(os.path.join(root, name)) for name in (
+        "Probe", "Gallery_Match", "Gallery_Distractor")]
+    probe, match, distractors = map(len, folders)
     if not probe or not match:
-        raise ValueError(f"{root}: {len(probe)} images in Probe and {len(match)} in Gallery_Match")
-    _, people = np.unique([os.path.basename(path).split("_")[0] for path in match + probe],
-                          return_inverse=True)
-    nobody = np.full(len(distractors), -1)
-    note = f"{len(distractors):,} distractors" if distractors else "WITHOUT its distractors"
-    return Search(f"TinyFace, {note}", match + distractors, np.concatenate(
-        [people[:len(match)], nobody]), {"probes": (probe, people[len(match):])})
+        raise ValueError(f"{root}: {probe} images in Probe and {match} in Gallery_Match")
+    paths = list(itertools.chain(*folders))
+    people = [os.path.basename(path).split("_")[0] for path in paths[:probe + match]]
+    identity = np.append(np.unique(people, return_inverse=True)[1], np.full(distractors, -1))
+    note = f"{distractors:,} distractors" if distractors else "WITHOUT its distractors"
+    return Benchmark(f"TinyFace, {note}", paths, None, identity, np.arange(probe, len(paths)),
+                     {"probes": np.arange(probe)})
 
-
-def make_pairs(name, sources, labels, limit=3000, seed=0):
-    """Pairs of labelled images: up to `limit` of one person and as many of two, taking turns."""
-    rng, labels = np.random.default_rng(seed), np.asarray(labels)
+def make_pairs(name, sources, labels, limit=3000):
+    """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
+    rng, labels = np.random.default_rng(0), np.asarray(labels)
     some = np.sort(rng.permutation(len(labels))[:4000])  # of them there are 8 million pairs
-    sources, labels = sources[some], labels[some]
-    first, second = np.triu_indices(len(labels), 1)
-    same = labels[first] == labels[second]
-    count = min(limit, same.sum(), (~same).sum()) // 10 * 10
-    if not count:
-        raise ValueError(f"{name}: too few images to make ten folds of pairs; --holdout 0 does "
-                         "without")
+    first, second = np.triu_indices(len(some), 1)
+    same = labels[some][first] == labels[some][second]
+    count = min(limit, same.sum(), (~same).sum()) // 5 * 5
     chosen = np.stack([rng.choice(np.flatnonzero(same == kind), count, replace=False)
-                       for kind in (True, False)], 1).ravel()
-    return Pairs(name, sources, first[chosen], second[chosen], same[chosen], labels)
+                       for kind in (True, False)], 1).ravel()  # in turn, so that folds have both
+    return verification(name, [sources[i] for i in some], first[chosen], second[chosen],
+                        same[chosen], labels[some])
 
-
+# ---- 3. Scores ----------------------------------------------------------------------------------
 GRID = np.linspace(-1, 1, 401)
 
-
 def ten_folds(scores, same):
-    """Cosines and truth of P pairs -> accuracy, standard deviation over folds, mean threshold."""
+    """Cosines and truth of P pairs -> accuracy, its standard deviation over folds, mean threshold:
+    in each fold the best of the other nine, of equals the highest, as in the official code."""
     right = np.stack([(scores >= threshold) == same for threshold in GRID])  # (thresholds, P)
     accuracies, thresholds = [], []
     for fold in np.array_split(np.arange(len(scores)), 10):
@@ -255,16 +215,14 @@ def ten_folds(scores, same):
         best = len(GRID) - 1 - np.argmax(others[::-1])  # of equals the highest
         accuracies.append(right[best, fold].mean())
         thresholds.append(GRID[best])
-    return np.mean(accuracies), np.std(accuracies), np.mean(thresholds)
-
+    return tuple(map(float, (np.mean(accuracies), np.std(accuracies), np.mean(thresholds))))
 
 def tar_at_far(scores, same, far=1e-3):
     """Share of the genuine pairs above the score that a share `far` of the impostors passes."""
     if same.all() or not same.any():
-        return math.nan
+        return None
     impostors = np.sort(scores[~same])[::-1]
-    return (scores[same] > impostors[int(far * len(impostors))]).mean()
-
+    return float((scores[same] > impostors[int(far * len(impostors))]).mean())
 
 def ranks(gallery, gallery_identity, probes, probe_identity, block=256):
     """(n,) rank, from 1, of the first gallery image of each probe's person; a huge one if none.
@@ -281,53 +239,30 @@ def ranks(gallery, gallery_identity, probes, probe_identity, block=256):
         found.append(torch.where(mates.any(1), rank, 2**31))
     return torch.cat(found).numpy()
 
-
-def rank_1(gallery, probes, identity):
-    """Share of the probes whose nearest gallery image is of the same person.
-
-    gallery, probes: (n, D) unit embeddings of the same n images, sharp and degraded; identity: (n,)
-    whose. The first image of each person is in the gallery, every other one is a probe.
-    """
-    first = np.unique(identity, return_index=True)[1]
-    rest = np.setdiff1d(np.arange(len(identity)), first)
-    return (ranks(gallery[first], identity[first], probes[rest], identity[rest]) == 1).mean()
-
-
-# ---- 3. Running a backbone ----------------------------------------------------------------------
-
-
+# ---- 4. Running a backbone ----------------------------------------------------------------------
 def keep_memory():
     """Tells glibc to keep what is freed: on CPUs page faults cost half the time otherwise."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return  # not glibc: nothing to tell
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mmap max, trim and top pad
-        mallopt(option, value)
-
+    with suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to tell
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mmap max, trim and top pad
+            ctypes.CDLL(None).mallopt(option, value)
 
 def precision(device, amp):
-    """The dtype for a backbone; amp: "auto" (the device's fast one), "bf16", "fp16" or "off"."""
+    """The dtype of a backbone, None for float32; amp: "auto" (what the device is fast at) ..."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif amp == "auto":
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        amp = "bf16" if fast else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-
+    elif amp == "auto" and device.type == "cpu":
+        amp = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 def autocast(device, amp):
     """Autocast round a backbone, to its precision."""
     dtype = precision(device, amp)
-    return torch.autocast(device.type, dtype if dtype != torch.float32 else torch.bfloat16,
-                          enabled=dtype != torch.float32)
-
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
-
-def embed_sources(backbones, name, sources, resolutions, flip, device, amp, batch_size):
+def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batch_size):
     """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
     out, start = {}, time.time()
     names, shown = [f"{name}, image {i}" for i in range(len(sources))], start
@@ -340,103 +275,76 @@ def embed_sources(backbones, name, sources, resolutions, flip, device, amp, batc
                 degraded = degrade(images, px)
                 for key, backbone in backbones.items():
                     embeddings = embed(backbone, degraded, flip).cpu()
-                    if i == 0:
-                        out[key, px] = torch.empty(len(sources), embeddings.shape[1])
+                    out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
                     out[key, px][chunk] = embeddings
             done, now = i + len(images), time.time()
             if now - shown > 5 or done == len(sources) and now - start > 5:
                 shown, rate = now, done / (now - start)
-                print(f"{name}: {done:,} of {len(sources):,} images, {len(resolutions)} "
-                      f"resolution{'s' * (len(resolutions) > 1)}, {rate:.0f}/s, "
-                      f"{clock((len(sources) - done) / rate)} left", flush=True)
+                print(f"{name}: {done:,} of {len(sources):,} images at {resolutions} px, "
+                      f"{rate:.0f}/s, {clock((len(sources) - done) / rate)} left", flush=True)
     return out
 
+def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=64):
+    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON.
 
-def verify(backbones, pairs, resolutions, flip, device, amp, batch_size=64):
-    """{name: backbone in eval mode} -> a dict of results for each resolution and backbone."""
-    wanted = sorted({*resolutions, SIZE})
-    embeddings = embed_sources(backbones, pairs.name, pairs.sources, wanted, flip, device, amp,
-                               batch_size)
+    Pairs are degraded to each of `resolutions`; a benchmark without pairs is taken as it is.
+    """
+    resolutions = resolutions if data.pairs else [SIZE]
+    embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
+                               device, amp, flip, batch_size)
     rows = []
-    for px in resolutions:
-        for name in backbones:
-            sharp, degraded = embeddings[name, SIZE], embeddings[name, px]
-            row = {"set": pairs.name, "checkpoint": name, "px": px, "flip": flip,
-                   "pairs": len(pairs.same)}
-            for way, first in (("both", degraded), ("cross", sharp)):
-                scores = (first[pairs.first] * degraded[pairs.second]).sum(1).double().numpy()
-                keys = [f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")]
-                results = *ten_folds(scores, pairs.same), tar_at_far(scores, pairs.same)
-                row |= zip(keys, map(float, results), strict=True)
-            if pairs.identity is not None:
-                row["rank1"] = float(rank_1(sharp, degraded, pairs.identity))
-            rows.append(row)
+    for px, name in itertools.product(resolutions, backbones):
+        sharp, degraded = embeddings[name, SIZE], embeddings[name, px]
+        row = {"set": data.name, "checkpoint": name, "px": px, "flip": flip}
+        if data.pairs:
+            first, second, same = data.pairs
+            row["pairs"] = len(same)
+            for way, other in (("both", degraded), ("cross", sharp)):
+                scores = (other[first] * degraded[second]).sum(1).double().numpy()
+                results = *ten_folds(scores, same), tar_at_far(scores, same)
+                row |= zip([f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")],
+                           results, strict=True)
+        cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
+        for part, probes in data.probes.items():
+            found = ranks(sharp[data.gallery], data.identity[data.gallery], degraded[probes],
+                          data.identity[probes])
+            cmcs[part] = [float((found <= k).mean()) for k in range(1, 51)]
+        if len(cmcs) > 1:
+            cmcs["average"] = np.mean(list(cmcs.values()), 0).tolist()
+        for part, cmc in cmcs.items():
+            probes = len(data.probes.get(part, ())) or ""
+            rows.append(row | {"part": part, "gallery": len(data.gallery), "probes": probes,
+                               "rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
+        rows += [] if cmcs else [row]
     return rows
 
+COLUMNS = {"px": "px", "checkpoint": "checkpoint", "both_accuracy": "both", "both_std": "std",
+           "both_tar": "TAR", "both_threshold": "cos >=", "cross_accuracy": "cross",
+           "cross_std": "std", "cross_tar": "TAR", "cross_threshold": "cos >=", "part": "part",
+           "probes": "probes", "rank1": "rank-1", "rank5": "rank-5", "rank20": "rank-20"}
 
-def identify(backbones, search, flip, device, amp, batch_size=64):
-    """{name: backbone in eval mode} -> a dict of results for each backbone and probe set."""
-    rows, parts = [], [search.gallery, *(paths for paths, _ in search.probes.values())]
-    embeddings = embed_sources(backbones, search.name, list(itertools.chain(*parts)), [SIZE], flip,
-                               device, amp, batch_size)
-    for name in backbones:
-        gallery, *probes = embeddings[name, SIZE].split([len(part) for part in parts])
-        for (key, (_, identity)), probe in zip(search.probes.items(), probes, strict=True):
-            found = ranks(gallery, search.gallery_identity, probe, identity)
-            rows.append({"set": search.name, "checkpoint": name, "probe_set": key, "flip": flip,
-                         "gallery": len(gallery), "probes": len(probe),
-                         "cmc": [float((found <= rank).mean()) for rank in range(1, 51)]})
-    return rows
-
-
-def print_search(rows):
-    """One line per checkpoint and probe set, rank-1, 5 and 20 in %, and the average of rank-1."""
-    wide, row = max(10, *(len(row["checkpoint"]) for row in rows)), rows[0]
-    print(f"\n{row['set']}: gallery of {row['gallery']:,} images, flip test {row['flip']}, in %;\n"
-          "images as they lie there: another alignment moves these numbers by tens of points")
-    print(f"{'checkpoint':{wide}}     part  probes  rank-1  rank-5 rank-20")
-    for name, own in itertools.groupby(rows, lambda row: row["checkpoint"]):
-        rank1 = []
-        for row in own:
-            rank1.append(100 * row["cmc"][0])
-            print(f"{name:{wide}} {row['probe_set']:>8} {row['probes']:7,} {rank1[-1]:7.2f} "
-                  f"{100 * row['cmc'][4]:7.2f} {100 * row['cmc'][19]:7.2f}")
-        if len(rank1) > 1:
-            print(f"{name:{wide}} {'average':>8} {'':7} {sum(rank1) / len(rank1):7.2f}")
-    print(flush=True)
-
-
-def print_table(rows):
-    """One line per resolution and checkpoint, in %; cos >= is the threshold to accept from."""
-    wide, row = max(10, *(len(row["checkpoint"]) for row in rows)), rows[0]
-    print(f"\n{row['set']}: {row['pairs']:,} pairs, ten folds, flip test {row['flip']}, in %")
-    print(f"{'':{wide + 5}} {'both degraded':^33} {'sharp against degraded':^33}")
-    columns = f"{'accuracy (std)':>15} {'TAR@1e-3':>9} {'cos >=':>7} "
-    print(f"{'px':>4} {'checkpoint':{wide}} {columns} {columns}  rank-1")
+def table(rows):
+    """Rows as a text; `both` images degraded, `cross`: a sharp one against a degraded one."""
+    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]
+    lines = [[COLUMNS[key] for key in keys]]
     for row in rows:
-        print(f"{row['px']:4} {row['checkpoint']:{wide}}", end="")
-        for way in ("both", "cross"):
-            accuracy, std, tar = (100 * row[f"{way}_{key}"] for key in ("accuracy", "std", "tar"))
-            threshold = row[f"{way}_threshold"]
-            print(f" {accuracy:8.2f} ({std:4.2f}) {tar:9.2f} {threshold:7.3f} ", end="")
-        print(f" {100 * row['rank1']:7.2f}" if "rank1" in row else "       -")
-    print(flush=True)
+        lines.append([f"{row[key]:.3f}" if key.endswith("threshold") else f"{100 * row[key]:.2f}"
+                      if isinstance(row[key], float) else str(row[key] or "-") for key in keys])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join([
+        f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; accuracy, its std over ten folds, TAR "
+        "at FAR 1e-3\nand ranks in %; cos >= is the threshold to accept from",
+        *("  ".join(map(str.rjust, line, widths)) for line in lines), ""])
 
-
-# ---- 4. Command line ----------------------------------------------------------------------------
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from `low` to `high`."""
+# ---- 5. Command line ----------------------------------------------------------------------------
+def number(kind, low, high=1e9):
+    """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: at least {low}" + (
-                f" and at most {high}" if high < math.inf else "") + " is needed")
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
-
 
 def device(text):
     """An argparse type: a torch.device that this machine has."""
@@ -445,27 +353,22 @@ def device(text):
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
 
-
 def add_device_options(parser):
     parser.add_argument("--device", type=device, help="where to run: cpu, cuda, cuda:1 ...",
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                         help="precision of the backbone; auto: what the device is fast at")
 
-
 def run(main):
     """Calls main; what is wrong with the user's files becomes one line, and exit status 1."""
     try:
         main()
-    except ValueError as error:
-        return f"error: {error}"
     except torch.OutOfMemoryError:
         return "error: out of GPU memory: try a smaller --batch-size"
-    except KeyboardInterrupt:
-        return "error: interrupted"
     except OSError as error:
         return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
-
+    except (ValueError, KeyboardInterrupt) as error:
+        return f"error: {str(error) or 'interrupted'}"
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
@@ -479,14 +382,15 @@ def main(argv=None):
     add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
     add("--tinyface", metavar="DIR", help="TinyFace, or its Testing_Set")
     add("--match", metavar="IMAGE", nargs="+", help="cosine similarities of aligned faces")
-    add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=[7, 14, 20, SIZE],
-        metavar="PX", help="to degrade verification sets to, in pixels")
-    add("--flip", choices=["sum", "concat", "none"], default="sum",
-        help="what the mirrored image adds to an embedding")
+    add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
+        help="to degrade pairs to, in pixels")
+    add("--flip", choices=["sum", "concat", "none"], default="sum", help="test of mirrored images")
     add("--json", metavar="FILE", help="write the results here too")
     add("--batch-size", type=number(int, 1), default=64, help="images at a time")
     add_device_options(parser)
     args = parser.parse_args(argv)
+    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
+        parser.error(f"--json {args.json}: its folder cannot be written to")
     sets = [(read_lfw, args.lfw), *((read_bin, path) for path in args.bin),
             (partial(read_lfw, file="xqlfw_pairs.txt"), args.xqlfw),
             (partial(read_scface, subjects=args.scface_subjects), args.scface),
@@ -495,28 +399,22 @@ def main(argv=None):
     if not sets and not args.match:
         parser.error("nothing to do: give --lfw, --xqlfw, --bin, --scface, --tinyface or --match")
     keep_memory()
-    backbones, rows = {}, []
-    for path in args.checkpoints:
-        backbone = load_backbone(path).to(args.device, memory_format=torch.channels_last)
-        name = os.path.basename(os.path.dirname(path)) if path.endswith("last.pt") else path
-        backbones[path if name in backbones else name] = backbone
-    options = args.flip, args.device, args.amp, args.batch_size
+    rows, backbones = [], {path: load_backbone(path).to(
+        args.device, memory_format=torch.channels_last) for path in args.checkpoints}
+    options = args.device, args.amp, args.flip, args.batch_size
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
-        for name in backbones:
-            cosines = embeddings[name, SIZE] @ embeddings[name, SIZE].T
-            for (i, a), (j, b) in itertools.combinations(enumerate(args.match), 2):
-                print(f"{cosines[i, j]:7.3f}  {a}  {b}  {name}")
+        for name, (i, a), (j, b) in ((name, *two) for name in backbones for two in
+                                     itertools.combinations(enumerate(args.match), 2)):
+            cosine = float(embeddings[name, SIZE][i] @ embeddings[name, SIZE][j])
+            rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
+            print(f"{cosine:7.3f}  {a}  {b}  {name}")
     for data in sets:
-        if isinstance(data, Pairs):
-            print_table(new := verify(backbones, data, args.resolutions, *options))
-        else:
-            print_search(new := identify(backbones, data, *options))
-        rows += new
+        rows += (new := evaluate(backbones, data, args.resolutions, *options))
+        print(table(new), flush=True)
     if args.json:
         write_file(args.json, json.dumps(rows, indent=1).encode())
-
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -20,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ---- 1. Resolution augmentation: what a camera far away would have seen -------------------------
+def to_input(images, device):
+    """(N, 3, H, W) uint8 RGB -> float in [-1, 1], channels last (fast convolutions), on device."""
+    images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
+    return images.contiguous(memory_format=torch.channels_last)
+
 def _resize(images, size):
     """Antialiased bicubic resize to (height, width) as two small matrix products, one per axis."""
     rows, columns = (F.interpolate(torch.eye(old, device=images.device)[None, None], (new, old),
                                    mode="bicubic", antialias=True)[0, 0]  # Pillow's kernel
                      for old, new in zip(images.shape[-2:], size, strict=True))
     return (rows @ (images @ columns.T)).clamp(-1, 1)  # bicubic overshoots, hence the clamp
-
 
 def degrade(images, px):
     """Bicubic down to `px` rows (antialiased) and back up, as Pillow does it; not in place.
@@ -50,7 +53,6 @@ def degrade(images, px):
                 out[chosen] = _resize(small, (height, width)).to(images.dtype)
     return out
 
-
 def parse_ratio(text):
     """The text "1:1:2" -> (1.0, 1.0, 2.0); ValueError, with the text, if it is no ratio."""
     try:
@@ -60,7 +62,6 @@ def parse_ratio(text):
     if not all(r >= 0 for r in ratio) or not 0 < sum(ratio) < math.inf:
         raise ValueError(f"not a ratio: '{text}' (numbers >= 0 joined by colons, such as 1:1:2)")
     return ratio
-
 
 class MAug:
     """Degrades each image of a batch to its own resolution, drawn in the given ratio.
@@ -84,12 +85,10 @@ class MAug:
     def __call__(self, images):
         return degrade(images, self.sample(len(images)))
 
-
 # ---- 2. Backbone: InsightFace's IResNet, with its state-dict names, so that its weights load ----
 
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3),
           100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}  # blocks in layer1..4; 10 is ours, for CPUs
-
 
 class PReLU(nn.PReLU):
     """nn.PReLU; on CPUs by way of relu, four times as fast as torch's bfloat16 backward."""
@@ -98,7 +97,6 @@ class PReLU(nn.PReLU):
         if x.device.type != "cpu":
             return super().forward(x)
         return torch.lerp(F.relu(x), x, self.weight.to(x.dtype)[:, None, None])
-
 
 class Block(nn.Module):
     """BN-conv-BN-PReLU-conv-BN plus a shortcut; the stride sits in the second convolution."""
@@ -117,7 +115,6 @@ class Block(nn.Module):
     def forward(self, x):
         out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         return out + (x if self.downsample is None else self.downsample(x))
-
 
 class IResNet(nn.Module):
     """(N, 3, 112, 112) RGB in [-1, 1] -> embeddings (N, embed_dim), float32, not normalised.
@@ -155,10 +152,8 @@ class IResNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # a 25,088-term sum overflows float16
             return self.features(self.fc(x.float()))
 
-
 OTHER_LAYOUTS = {"features.module.": "MagFace's: BGR input, another batch norm", "input_layer.":
                  "AdaFace's", "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none"}
-
 
 def load_backbone(path):
     """An IResNet in eval mode, on the CPU, from a checkpoint of train.py or an InsightFace file.
@@ -188,7 +183,6 @@ def load_backbone(path):
         raise ValueError(f"{path}: no IResNet: {str(error).split(chr(10))[-1].strip()}") from None
     return backbone.float().eval()
 
-
 @torch.no_grad()
 def embed(backbone, images, flip="sum"):
     """(N, 3, 112, 112) in [-1, 1] -> unit embeddings (N, D); their dot product is the cosine.
@@ -204,7 +198,6 @@ def embed(backbone, images, flip="sum"):
     elif flip != "none":
         raise ValueError(f"flip is 'sum', 'concat' or 'none', got '{flip}'")
     return F.normalize(embedding)
-
 
 # ---- 3. Classifier ------------------------------------------------------------------------------
 class ArcFace(nn.Module):
@@ -235,14 +228,12 @@ class ArcFace(nn.Module):
             with_margin = torch.where(own > -cos_m, with_margin, own + cos_m - 1)
             return self.scale * cos.scatter(1, labels[:, None], with_margin)
 
-
 # ---- 4. Distances between the two embeddings of a face, x and y, both (N, D) --------------------
 def _difference(x, y):
     """x - y in float32, or in float64 if they come in it: half precision overflows at e^11."""
     if x.shape != y.shape:
         raise ValueError(f"embeddings differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     return x - y if x.dtype == torch.float64 else x.float() - y.float()
-
 
 def _logexp_terms(x, y, p):
     """d, a = |d|^p, a shift m, and S with 1 + S = e^{-m} (1 + sum_i (e^{a_i} - 1)), in float32.
@@ -258,7 +249,6 @@ def _logexp_terms(x, y, p):
     total = torch.expm1(-m) + (torch.expm1(a - m) - torch.expm1(-m)).sum(-1, keepdim=True)
     return d, a, m, total
 
-
 def logexp_loss(x, y, p=1.0):
     """Eq. (3): 1/(pD) log(1 + sum_i (e^{|x_i - y_i|^p} - 1)), averaged over the batch.
 
@@ -268,7 +258,6 @@ def logexp_loss(x, y, p=1.0):
     d, _, m, total = _logexp_terms(x, y, p)
     return (m + torch.log1p(total)).mean() / (p * d.shape[-1])  # Eq. (3)
 
-
 def logexp_grad(x, y, p=1.0):
     """Analytic gradient (N, D) of `logexp_loss` with respect to x; with respect to y, its negative.
 
@@ -277,16 +266,13 @@ def logexp_grad(x, y, p=1.0):
     d, a, m, total = _logexp_terms(x, y, p)
     return d.sign() * d.abs().pow(p - 1) * torch.exp(a - m) / (1 + total) / d.numel()
 
-
 def l1_loss(x, y):
     """Mean over the batch and the dimensions of |x_i - y_i|."""
     return _difference(x, y).abs().mean()
 
-
 def l2_loss(x, y):
     """Mean over the batch and the dimensions of (x_i - y_i)^2."""
     return _difference(x, y).square().mean()
-
 
 def check_gradient(p=1.0):
     """Largest difference between analytic, autograd and finite-difference gradients, in float64."""
@@ -299,13 +285,27 @@ def check_gradient(p=1.0):
     finite = torch.stack(finite).view_as(analytic)
     return max((analytic - other).abs().max().item() for other in (autograd, finite))
 
-
 # ---- 5. The training step of the paper ----------------------------------------------------------
 def random_flip(images):
     """Mirrors each image with probability one half."""
     mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
+def jitter(images, strength):
+    """Random scale, turn, shift, contrast and brightness: fewer people are learnt by heart."""
+    if not strength:
+        return images
+    scale, turn, right, down, contrast, bright = strength * (torch.rand(6, len(images)) * 2 - 1)
+    cos, sin = (1 + 0.15 * scale) * (0.15 * turn).cos(), (1 + 0.15 * scale) * (0.15 * turn).sin()
+    affine = torch.stack([cos, -sin, 0.1 * right, sin, cos, 0.1 * down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine.to(images.device), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    gain, offset = (0.3 * z.view(-1, 1, 1, 1).to(images.device) for z in (contrast, bright))
+    return (images * (1 + gain) + offset).clamp(-1, 1)
+
+def learning_rate(step, steps, peak):
+    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
+    return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
 
 class LRFR(nn.Module):
     """One backbone and one head that see every face twice: the total loss of the paper.
@@ -341,7 +341,6 @@ class LRFR(nn.Module):
             distance = self.distance(F.normalize(f_hr), F.normalize(f_lr))
             loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts
-
 
 if __name__ == "__main__":
     errors = [check_gradient(p) for p in (1.0, 2.0)]
