@@ -217,7 +217,7 @@ def save_faces(path, faces, resolutions):
     write_file(path, file.getvalue())
 
 # ---- 2. Training --------------------------------------------------------------------------------
-DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 3, "batch_size": 64,
+DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
         "lr": 0.1}
 
 def parse_arguments(argv):
