@@ -3,8 +3,7 @@
 
 Verification: at each resolution with both images degraded (what the paper plots), and across, with
 a sharp image against a degraded one (a passport photo against a camera). Identification: is the
-nearest image of a sharp gallery the probe's person?
-"""
+nearest image of a sharp gallery the probe's person?"""
 import argparse
 import ctypes
 import io
@@ -15,9 +14,11 @@ import pickle
 import re
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache, partial
 
 import numpy as np
@@ -28,18 +29,17 @@ from lrfr import degrade, embed, load_backbone, to_input
 
 SIZE = 112  # height and width of an aligned face
 RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
-MAX_PIXELS = 50_000_000  # of an image; a larger one may be a decompression bomb
-Image.MAX_IMAGE_PIXELS = None  # Pillow only warns, up to twice its own limit
+MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 50_000_000, None  # more may be a bomb; Pillow only warns
 
 # ---- 1. Files -----------------------------------------------------------------------------------
-@cache
-def say_once(text):
-    print(text, file=sys.stderr, flush=True)
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")  # EPS would start Ghostscript
+say_once = cache(partial(print, file=sys.stderr, flush=True))
 
 def read_image(source, name=None):
     """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip
@@ -52,6 +52,16 @@ def read_image(source, name=None):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def no_bomb(path):
+    """The path, if it is no zip file (each checkpoint is one) that unfolds to more than it has."""
+    try:
+        parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
+        if parts and sum(part.file_size for part in parts) > os.path.getsize(path):
+            raise ValueError("compressed, which no checkpoint is: it may be a bomb")
+    except Exception as error:  # of several kinds
+        raise ValueError(f"{path}: {error}") from None
+    return path
 
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
@@ -75,7 +85,6 @@ def write_file(path, content, previous=None):
 @dataclass
 class Benchmark:
     """Faces to verify (P pairs, in ten contiguous folds), to identify (a gallery), or both."""
-
     name: str
     sources: list  # of n images: paths, or the bytes of image files
     pairs: tuple | None = None  # (P,) index of one image, (P,) of the other, (P,) bool: one person
@@ -128,7 +137,6 @@ BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets i
 
 class BinUnpickler(pickle._Unpickler):
     """Calls nothing but BIN_CALLS. (The unpickler in C takes whatever memory a file asks for.)"""
-
     def find_class(self, module, name):
         return BIN_CALLS[f"{module}.{name}".replace("numpy._core", "numpy.core")]
 
@@ -176,8 +184,7 @@ def read_scface(root, subjects="all"):
 
 def read_tinyface(root):
     """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12."""
-    inner = os.path.join(root, "Testing_Set")
-    root = inner if os.path.isdir(inner) else root
+    root = next(filter(os.path.isdir, [os.path.join(root, "Testing_Set")]), root)
     folders = [images_below(os.path.join(root, name)) for name in (
         "Probe", "Gallery_Match", "Gallery_Distractor")]
     probe, match, distractors = map(len, folders)
@@ -225,10 +232,8 @@ def tar_at_far(scores, same, far=1e-3):
     return float((scores[same] > impostors[int(far * len(impostors))]).mean())
 
 def ranks(gallery, gallery_identity, probes, probe_identity, block=256):
-    """(n,) rank, from 1, of the first gallery image of each probe's person; a huge one if none.
-
-    gallery (G, D), probes (n, D): unit embeddings. Blocks of probes keep the memory small.
-    """
+    """Unit embeddings, gallery (G, D), probes (n, D) -> (n,) rank, from 1, of the first gallery
+    image of each probe's person; a huge one if none. Blocks of probes keep the memory small."""
     gallery_identity, found = torch.as_tensor(gallery_identity), []
     for part, who in zip(probes.split(block), torch.as_tensor(probe_identity).split(block),
                          strict=True):
@@ -256,11 +261,7 @@ def precision(device, amp):
 
 def autocast(device, amp):
     """Autocast round a backbone, to its precision."""
-    dtype = precision(device, amp)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    return torch.autocast(device.type, dtype := precision(device, amp), enabled=dtype is not None)
 
 def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batch_size):
     """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
@@ -268,27 +269,26 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batc
     names, shown = [f"{name}, image {i}" for i in range(len(sources))], start
     with ThreadPoolExecutor(4) as pool, autocast(device, amp):
         for i in range(0, len(sources), batch_size):
-            chunk = slice(i, i + batch_size)
-            images = torch.stack(list(pool.map(read_image, sources[chunk], names[chunk])))
-            images = to_input(images, device)
+            part = slice(i, i + batch_size)
+            images = [*pool.map(read_image, sources[part], names[part])]
+            images = to_input(torch.stack(images), device)
             for px in resolutions:
                 degraded = degrade(images, px)
                 for key, backbone in backbones.items():
                     embeddings = embed(backbone, degraded, flip).cpu()
                     out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
-                    out[key, px][chunk] = embeddings
+                    out[key, px][part] = embeddings
             done, now = i + len(images), time.time()
             if now - shown > 5 or done == len(sources) and now - start > 5:
                 shown, rate = now, done / (now - start)
+                left = timedelta(0, (len(sources) - done) // rate)
                 print(f"{name}: {done:,} of {len(sources):,} images at {resolutions} px, "
-                      f"{rate:.0f}/s, {clock((len(sources) - done) / rate)} left", flush=True)
+                      f"{rate:.0f}/s, {left} left", flush=True)
     return out
 
 def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=64):
-    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON.
-
-    Pairs are degraded to each of `resolutions`; a benchmark without pairs is taken as it is.
-    """
+    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
+    degraded to each of `resolutions`, a benchmark without pairs is taken as it is."""
     resolutions = resolutions if data.pairs else [SIZE]
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
                                device, amp, flip, batch_size)
@@ -301,9 +301,8 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=6
             row["pairs"] = len(same)
             for way, other in (("both", degraded), ("cross", sharp)):
                 scores = (other[first] * degraded[second]).sum(1).double().numpy()
-                results = *ten_folds(scores, same), tar_at_far(scores, same)
                 row |= zip([f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")],
-                           results, strict=True)
+                           [*ten_folds(scores, same), tar_at_far(scores, same)], strict=True)
         cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
         for part, probes in data.probes.items():
             found = ranks(sharp[data.gallery], data.identity[data.gallery], degraded[probes],
@@ -349,8 +348,9 @@ def number(kind, low, high=1e9):
 def device(text):
     """An argparse type: a torch.device that this machine has."""
     try:
-        return torch.zeros(0, device=text).device
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=text).cpu()
+        return torch.device(text)
+    except (RuntimeError, AssertionError, ImportError):
         raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
 
 def add_device_options(parser):
@@ -365,10 +365,10 @@ def run(main):
         main()
     except torch.OutOfMemoryError:
         return "error: out of GPU memory: try a smaller --batch-size"
-    except OSError as error:
-        return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
-    except (ValueError, KeyboardInterrupt) as error:
-        return f"error: {str(error) or 'interrupted'}"
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        named = getattr(error, "filename", None)
+        text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
+        return "error: " + " ".join(text.split())  # one line, whatever names of files hold
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
@@ -396,10 +396,10 @@ def main(argv=None):
             (partial(read_scface, subjects=args.scface_subjects), args.scface),
             (read_tinyface, args.tinyface)]
     sets = [read(path) for read, path in sets if path]
-    if not sets and not args.match:
-        parser.error("nothing to do: give --lfw, --xqlfw, --bin, --scface, --tinyface or --match")
+    if not sets and len(args.match or []) < 2:
+        parser.error("nothing to do: give --lfw, --xqlfw, --bin, --scface, --tinyface, --match A B")
     keep_memory()
-    rows, backbones = [], {path: load_backbone(path).to(
+    rows, backbones = [], {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
     options = args.device, args.amp, args.flip, args.batch_size
     if args.match:

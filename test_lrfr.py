@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -254,6 +255,20 @@ def test_load_backbone_refuses_everything_else(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"^{re.escape(name)}: "):
             load_backbone(name)
     assert not Path("bomb-went-off").exists()
+
+
+def test_a_checkpoint_that_unfolds_is_refused(trained, tmp_path):
+    """Deflated, a thousand times its size would fill the memory before torch looks at it."""
+    packed, whole = tmp_path / "packed.pt", trained[0] / "last.pt"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(len(old.read(name))) if "/data/" in name else old.read(name))
+    assert packed.stat().st_size < whole.stat().st_size / 50
+    load_backbone(packed)  # is what it says, as far as torch can see
+    for options in (["evaluate.py", packed, "--match", "a", "b"], ["train.py", "--init", packed]):
+        done = cli(*options, cwd=tmp_path)
+        assert done.returncode == 1 and re.search(r"packed.pt: compressed", done.stderr)
+    assert evaluate.no_bomb(whole) == whole and evaluate.no_bomb("nothing.pt") == "nothing.pt"
 
 
 def test_embed_gives_unit_vectors_for_every_flip():
@@ -786,9 +801,12 @@ def test_read_image_takes_every_kind(tmp_path):
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"huge.png: not a readable image \(9000 x 9000"):
         evaluate.read_image(tmp_path / "huge.png")
-    for content in (b"", b"no image", (tmp_path / "rgb.png").read_bytes()[:500]):
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n"  # for Ghostscript to run
+    for content in (b"", b"no image", (tmp_path / "rgb.png").read_bytes()[:500], script):
         with pytest.raises(ValueError, match="not a readable image"):
             evaluate.read_image(content)
+    with pytest.raises(ValueError, match="cannot identify"):  # not even looked at
+        evaluate.read_image(script)
 
 
 def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
@@ -1138,6 +1156,17 @@ def test_a_killed_run_ends_bit_for_bit_like_another(folder, tmp_path):
 def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, capsys):
     options = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
     train.main([*options, "--epochs", "2"])
+    state = weights_of(tmp_path / "run")
+    for n, odd in enumerate(({"step": "x"}, {"args": [1]}, {"backbone": {}}, {"optimiser": {}})):
+        (tmp_path / str(n)).mkdir()
+        torch.save({**state, **odd}, tmp_path / str(n) / "last.pt")
+        again = [*options, "--epochs", "2", "--out", str(tmp_path / str(n))]
+        if n < 2:
+            train.main(again)
+            assert "last.pt is damaged: passed over" in capsys.readouterr().out
+        else:
+            with pytest.raises(ValueError, match=f"{n}: its checkpoint does not fit this model"):
+                train.main(again)
     content = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(content[:len(content) // 2])
     capsys.readouterr()
@@ -1302,6 +1331,11 @@ BAD_COMMANDS = [
     ("train.py --resolutions 7 14 200", 2, r"200 is not from 1 to 112"),
     ("train.py --margin 28.6", 2, r"--margin: 28.6 is not from 0 to 1.5"),
     ("train.py --width 8", 2, r"--width: 8 is not from 16"),
+    ("train.py --width 99999", 2, r"--width: 99999 is not from 16 to 999"),
+    ("train.py --workers 99999", 2, r"--workers: 99999 is not from 0 to 256"),
+    ("train.py --device meta", 2, r"--device: meta: no such device"),
+    ("train.py --device hpu", 2, r"--device: hpu: no such device"),
+    ("evaluate.py {run} --match {folder}/00/0.jpg", 2, r"nothing to do: .* --match A B"),
     ("train.py --epochs 0", 2, r"--epochs: 0 is not from 1"),
     ("train.py --lr nan", 2, r"--lr: nan"),
     ("train.py --backbone r51", 2, r"invalid choice: '?r51"),
@@ -1342,6 +1376,11 @@ def test_bad_input_of_a_real_process(tmp_path):
     done = cli("train.py", "--data", "nowhere", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: --data nowhere") and os.listdir(tmp_path) == []
+
+
+def test_an_error_is_one_line_whatever_the_names_of_files_hold():
+    assert evaluate.run(partial(train.main, ["--data", "a\nb"])).startswith("error: --data a b: no")
+    assert evaluate.run(partial(open, "no\nfile")) == "error: no file: No such file or directory"
 
 
 # ---- 8. What the README says --------------------------------------------------------------------

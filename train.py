@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
 
-from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, clock, evaluate, keep_memory,
-                      make_pairs, number, precision, read_bin, read_image, run, table, write_file)
+from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, keep_memory,
+                      make_pairs, no_bomb, number, precision, read_bin, read_image, run, table,
+                      write_file)
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, jitter, l1_loss, l2_loss,
                   learning_rate, load_backbone, logexp_loss, parse_ratio, to_input)
 
@@ -35,9 +36,7 @@ STOP_SIGNALS = []  # those that have come in
 MAGIC = 0xced7230a  # the first four bytes of each record of a RecordIO file
 
 def say(text):
-    """Prints on the first of the processes that torchrun started, or on the only one."""
-    if RANK == 0:
-        print(text, flush=True)
+    print(text, flush=True) if RANK == 0 else None  # the first of torchrun's processes, or the only
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
@@ -71,7 +70,8 @@ class Faces(Dataset):
 
 def image_folder(root):
     """`root`/identity/image.jpg (or .png ...) -> Faces, identities and images in sorted order."""
-    samples = ImageFolder(root, allow_empty=True).samples if next(os.walk(root))[1] else []
+    some = any(entry.is_dir() for entry in os.scandir(root))
+    samples = ImageFolder(root, allow_empty=True).samples if some else []
     labels = np.unique([label for _, label in samples], return_inverse=True)[1]
     return Faces(root, np.array([path for path, _ in samples], object), labels)
 
@@ -233,7 +233,7 @@ def parse_arguments(argv):
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
     add("--weight", 1.0, "lambda, weight of the distance", number(float, 0))
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
-    add("--width", 64, "channels of its first stage; under 16 oneDNN crashes", number(int, 16))
+    add("--width", 64, "channels of its first stage; oneDNN crashes under 16", number(int, 16, 999))
     add("--scale", 64.0, "s of ArcFace", number(float, 0))
     add("--margin", 0.5, "m of ArcFace, in radians", number(float, 0, 1.5))
     add("--epochs", 20, "passes over the data", number(int, 1))
@@ -245,7 +245,7 @@ def parse_arguments(argv):
     add("--holdout", None, "identities for the final table; None: 5 %%, up to 100", number(int, 0))
     add("--out", None, "folder of the run; None: runs/ and a name made of the arguments")
     add("--save-every", 2000, "steps between checkpoints; epochs end with one", number(int, 1))
-    add("--workers", 1, "processes that decode images", number(int, 0))
+    add("--workers", 1, "processes that decode images", number(int, 0, 256))
     add("--seed", 0, "of everything random", number(int, 0, 2**40))
     add_device_options(parser)
     if parser.parse_args(argv).data == "demo":
@@ -260,7 +260,7 @@ def parse_arguments(argv):
 
 def build(args):
     """Arguments -> the model that computes the loss, its optimiser, and its gradient scaler."""
-    backbone = (load_backbone(args.init) if args.init else  # which tells its depth and width itself
+    backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
                 IResNet(int(args.backbone[1:]), args.width))
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
@@ -277,9 +277,9 @@ def newest_checkpoint(args):
     free = {"epochs", "out", "workers", "device", "amp", "save_every"}
     for path in (os.path.join(args.out, name) for name in ("last.pt", "previous.pt")):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            step, old = state["step"], state["args"]
-        except FileNotFoundError:
+            state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
+            step, old = int(state["step"]), dict(state["args"])
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except Exception:  # torch raises a dozen kinds for a damaged file
             say(f"{path} is damaged: passed over")
@@ -309,23 +309,24 @@ def train(args):
     each_epoch, at_the_end = [read_bin(path) for path in bins], []
     whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])
     if len(whole):
-        sources = [whole.read(source) for source in whole.sources]
-        at_the_end = [make_pairs("held-out identities", sources, whole.labels)]
+        files = [*map(whole.read, whole.sources)]
+        at_the_end = [make_pairs("held-out identities", files, whole.labels)]
     parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
              "scaler": scaler}
     found = [newest_checkpoint(args) if RANK == 0 else None]
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
-    for key in parts.keys() & found[0].keys():
-        parts[key].load_state_dict(found[0][key])
+    try:
+        [parts[key].load_state_dict(found[0][key]) for key in parts.keys() & found[0].keys()]
+    except Exception:  # of a dozen kinds again
+        raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
     begin, steps = found.pop()["step"], per_epoch * args.epochs
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
                         worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    if RANK == 0:
-        save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
+    save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions) if RANK == 0 else None
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
@@ -390,8 +391,8 @@ def train(args):
         rate, epoch = since / (time.time() - logged), (step - 1) // per_epoch + 1
         report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
                f"lr {lr:.4f}  {rate * args.batch_size:.0f} images/s  "
-               f"{clock((steps - step) / rate)} left", epoch=epoch, step=step, loss=mean, **values,
-               lr=lr, images_per_s=rate * args.batch_size)
+               f"{timedelta(0, (steps - step) // rate)} left", epoch=epoch, step=step, loss=mean,
+               **values, lr=lr, images_per_s=rate * args.batch_size)
         if epoch_ends or save_now or stop:
             save(step)
         if epoch_ends:
@@ -400,10 +401,9 @@ def train(args):
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
             raise SystemExit(128 + (STOP_SIGNALS or [signal.SIGTERM])[0])
         since, sums, logged = 0, 0, time.time()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    [signal.signal(*before) for before in handlers.items()]
     test(at_the_end, steps)
-    say(f"done in {clock(time.time() - begun)}; the weights: {last}")
+    say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
     return model
 
 def main(argv=None):
