@@ -231,7 +231,7 @@ def tar_at_far(scores, same, far=1e-3):
     impostors = np.sort(scores[~same])[::-1]
     return float((scores[same] > impostors[int(far * len(impostors))]).mean())
 
-def ranks(gallery, gallery_identity, probes, probe_identity, block=256):
+def ranks(gallery, gallery_identity, probes, probe_identity, block=64):
     """Unit embeddings, gallery (G, D), probes (n, D) -> (n,) rank, from 1, of the first gallery
     image of each probe's person; a huge one if none. Blocks of probes keep the memory small."""
     gallery_identity, found = torch.as_tensor(gallery_identity), []

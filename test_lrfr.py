@@ -991,6 +991,7 @@ def test_damaged_records(drawn, tmp_path):
     broken("no record at byte 999999999", lambda rec, idx: (rec, [*idx, "99\t999999999"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99\t-5"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "hello"]))
+    broken("not lines of a key", lambda rec, idx: (rec, [*idx, f"99\t{2**62}"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99"]))
     broken("not lines of a key", lambda rec, idx: (rec, []))
     broken("no record at byte 0", lambda rec, idx: (b"\0\0" + rec[2:], idx))

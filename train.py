@@ -111,8 +111,8 @@ def record_file(root):
     try:
         lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else []
         keys, offsets = np.reshape(lines, (-1, 2)).T
-        if len(keys) < 2 or offsets.min() < 0:
-            raise ValueError(f"{len(keys)} records, from {offsets.min(initial=0)} on")
+        if len(keys) < 2 or offsets.min() < 0 or offsets.max() > 2**43:  # what one can seek
+            raise ValueError(f"{len(keys)} records, at {offsets[:2]} to {offsets[-1:]}")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
     start = 0 if read_labels(path, offsets[:1])[1][0] else 1
