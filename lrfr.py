@@ -327,14 +327,19 @@ class LRFR(nn.Module):
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
+    Under research: share (of the classification's gradient on f_lr that the distance's is scaled
+    to, weight is then ignored), detach (the sharp side), raw (embeddings not normalised), forwards.
     """
 
-    def __init__(self, backbone, head, maug=None, distance=None, weight=1.0):
+    def __init__(self, backbone, head, maug=None, distance=None, weight=1.0, share=None,
+                 detach=False, raw=False, forwards=1):
         super().__init__()
         if distance is not None and maug is None:
             raise ValueError("a distance between sharp and degraded faces needs an augmentation")
         self.backbone, self.head, self.maug = backbone, head, maug
-        self.distance, self.weight = distance, weight
+        self.distance, self.weight, self.share = distance, weight, share
+        self.detach, self.raw, self.forwards = detach, raw, forwards
+        self.off = False
 
     def forward(self, images, labels):
         """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: value}."""
@@ -345,14 +350,22 @@ class LRFR(nn.Module):
         degraded = random_flip(self.maug(images))  # flips independently, as in the official code
         # One forward of both: batch norm then learns from the mixture that it meets when deployed
         # (the official code takes two), and one large batch is faster than two small ones.
-        f_hr, f_lr = self.backbone(torch.cat([sharp, degraded])).chunk(2)  # 2 x (N, D)
+        if self.forwards == 1:
+            f_hr, f_lr = self.backbone(torch.cat([sharp, degraded])).chunk(2)  # 2 x (N, D)
+        else:
+            f_hr, f_lr = self.backbone(sharp), self.backbone(degraded)
         ce_hr = F.cross_entropy(self.head(f_hr, labels), labels)
         ce_lr = F.cross_entropy(self.head(f_lr, labels), labels)
         loss, parts = (ce_hr + ce_lr) / 2, {"sharp": ce_hr.detach(), "degraded": ce_lr.detach()}
         if self.distance is not None:
-            # Of unit embeddings, as in the official code: nothing else about them is ever compared.
-            distance = self.distance(F.normalize(f_hr), F.normalize(f_lr))
-            loss, parts["distance"] = loss + self.weight * distance, distance.detach()
+            x, y = (f_hr, f_lr) if self.raw else (F.normalize(f_hr), F.normalize(f_lr))
+            distance = self.distance(x.detach() if self.detach else x, y)
+            g_ce, = torch.autograd.grad(loss, f_lr, retain_graph=True)
+            g_d, = torch.autograd.grad(distance, f_lr, retain_graph=True)
+            ratio = g_ce.norm() / g_d.norm().clamp(min=1e-12)
+            weight = 0.0 if self.off else self.weight if self.share is None else self.share * ratio
+            loss, parts["distance"] = loss + weight * distance, distance.detach()
+            parts["share"] = weight / ratio
         return loss, parts
 
 if __name__ == "__main__":

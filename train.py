@@ -232,6 +232,12 @@ def parse_arguments(argv):
     add("--loss", "logexp", "distance between the two", choices=["logexp", "l1", "l2", "none"])
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
     add("--weight", 1.0, "lambda, weight of the distance", number(float, 0))
+    add("--share", None, "research: gradient of the distance over the classification's", float)
+    add("--detach", 0, "research: sharp side detached", int)
+    add("--raw", 0, "research: embeddings not normalised", int)
+    add("--forwards", 1, "research: 2 as in the official code", int)
+    add("--batch-log", 0, "research: one log over the batch, as in the official code", int)
+    add("--start", 0.0, "research: share of the steps without the distance", float)
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
     add("--width", 64, "channels of its first stage; oneDNN crashes under 16", number(int, 16, 999))
     add("--scale", 64.0, "s of ArcFace", number(float, 0))
@@ -265,7 +271,11 @@ def build(args):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight).train()
+    if args.batch_log:
+        distances["logexp"] = lambda x, y: logexp_loss(x.reshape(1, -1), y.reshape(1, -1), args.p
+                                                       ) * x.shape[1]
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.share,
+                 args.detach, args.raw, args.forwards).train()
     model = model.to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
@@ -367,6 +377,7 @@ def train(args):
         lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
         images = jitter(to_input(images, args.device), args.jitter)
         labels = labels.to(args.device, non_blocking=True)
+        model.off = step <= args.start * steps
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
         optimiser.zero_grad()
