@@ -16,16 +16,20 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from lrfr import degrade, embed, load_backbone, to_input
+from lrfr import ArcFace, degrade, embed, load_backbone, logexp_grad, to_input
 
 SIZE = 112  # height and width of an aligned face
 RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
@@ -37,8 +41,8 @@ say_once = cache(partial(print, file=sys.stderr, flush=True))
 
 def read_image(source, name=None):
     """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
+    file, name = (io.BytesIO(source), name) if isinstance(source, bytes) else (source, source)
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -46,12 +50,19 @@ def read_image(source, name=None):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        name, reason = name if isinstance(source, bytes) else source, getattr(error, "strerror", 0)
-        raise ValueError(f"{name}: not a readable image ({reason or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}: not a readable image ({reason})") from None
     if image.size != (SIZE, SIZE):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def image_folder(root):
+    """`root`/identity/image.jpg (or .png ...) -> paths (n,) and labels (n,), in sorted order."""
+    some = any(entry.is_dir() for entry in os.scandir(root))
+    samples = ImageFolder(root, allow_empty=True).samples if some else []
+    labels = np.unique([label for _, label in samples], return_inverse=True)[1]
+    return np.array([path for path, _ in samples], object), labels
 
 def no_bomb(path):
     """The path, if it is no zip file (each checkpoint is one) that unfolds to more than it has."""
@@ -92,12 +103,13 @@ class Benchmark:
     gallery: np.ndarray | None = None  # indices of images
     probes: dict = field(default_factory=dict)  # {name of a set of probes: indices of images}
 
-def verification(name, sources, first, second, same, identity=None):
+def verification(path, sources, first, second, same, identity=None):
     """The benchmark of these pairs. Its gallery: one image of each person, where that is known."""
-    same = np.asarray(same, bool)
     if len(same) < 10:
-        raise ValueError(f"{name}: {len(same)} pairs; ten folds take at least ten")
-    data = Benchmark(os.path.basename(name).removesuffix(".bin"), sources, (first, second, same))
+        raise ValueError(f"{path}: {len(same)} pairs; ten folds take at least ten")
+    name = os.path.basename(path).removesuffix(".bin")
+    data = Benchmark({"pairs.txt": "LFW", "xqlfw_pairs.txt": "XQLFW"}.get(name, name), sources,
+                     (first, second, np.asarray(same, bool)))
     if identity is not None:
         data.identity, data.gallery = identity, np.unique(identity, return_index=True)[1]
         data.probes = {"": np.setdiff1d(np.arange(len(identity)), data.gallery)}
@@ -118,13 +130,9 @@ def read_lfw(root, file="pairs.txt"):
                 if image not in index and not os.path.isfile(image):
                     raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
                 pairs.append(index.setdefault(image, len(index)))
-    identity = np.unique([os.path.basename(os.path.dirname(image)) for image in index],
-                         return_inverse=True)[1].astype(int)
-    first, second = np.array(pairs, int).reshape(-1, 2).T
-    data = verification(path, [*index], first, second, identity[first] == identity[second],
-                        identity)
-    data.name = "LFW" if file == "pairs.txt" else "XQLFW"
-    return data
+    people = [os.path.basename(os.path.dirname(image)) for image in index]
+    who, (first, second) = np.unique(people, return_inverse=True)[1], np.reshape(pairs, (-1, 2)).T
+    return verification(path, [*index], first, second, who[first] == who[second], who)
 
 BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets instead
     "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
@@ -216,29 +224,29 @@ def ten_folds(scores, same):
     """Cosines and truth of P pairs -> accuracy, its standard deviation over folds, mean threshold:
     in each fold the best of the other nine, of equals the highest, as in the official code."""
     right = np.stack([(scores >= threshold) == same for threshold in GRID])  # (thresholds, P)
-    accuracies, thresholds = [], []
-    for fold in np.array_split(np.arange(len(scores)), 10):
-        others = right.sum(1) - right[:, fold].sum(1)
-        best = len(GRID) - 1 - np.argmax(others[::-1])  # of equals the highest
-        accuracies.append(right[best, fold].mean())
-        thresholds.append(GRID[best])
-    return tuple(map(float, (np.mean(accuracies), np.std(accuracies), np.mean(thresholds))))
+    folds = np.array_split(np.arange(len(scores)), 10)
+    others = [right.sum(1) - right[:, fold].sum(1) for fold in folds]
+    best = [np.flatnonzero(count == count.max())[-1] for count in others]
+    accuracies = [right[i, fold].mean() for i, fold in zip(best, folds)]
+    return float(np.mean(accuracies)), float(np.std(accuracies)), float(GRID[best].mean())
 
-def tar_at_far(scores, same, far=1e-3):
+FARS = np.logspace(-3, 0, 31).tolist()  # of a ROC curve; the first is that of TAR
+
+def tar_at_far(scores, same, far=FARS):
     """Share of the genuine pairs above the score that a share `far` of the impostors passes."""
     if same.all() or not same.any():
-        return None
-    impostors = np.sort(scores[~same])[::-1]
-    return float((scores[same] > impostors[int(far * len(impostors))]).mean())
+        return [None] * len(far)
+    impostors = np.append(np.sort(scores[~same])[::-1], -np.inf)
+    limits = impostors[(np.asarray(far) * (len(impostors) - 1)).astype(int)]
+    return (scores[same] > limits[:, None]).mean(1).tolist()
 
 def ranks(gallery, gallery_identity, probes, probe_identity, block=64):
     """Unit embeddings, gallery (G, D), probes (n, D) -> (n,) rank, from 1, of the first gallery
     image of each probe's person; a huge one if none. Blocks of probes keep the memory small."""
-    gallery_identity, found = torch.as_tensor(gallery_identity), []
-    for part, who in zip(probes.split(block), torch.as_tensor(probe_identity).split(block),
-                         strict=True):
-        cosines = part @ gallery.T
-        mates = who[:, None] == gallery_identity
+    found = []
+    for i in range(0, len(probes), block):
+        cosines = probes[i:i + block] @ gallery.T
+        mates = torch.from_numpy(probe_identity[i:i + block, None] == gallery_identity)
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)
         rank = 1 + ((cosines >= best) & ~mates).sum(1)  # of equals the stranger comes first
         found.append(torch.where(mates.any(1), rank, 2**31))
@@ -272,37 +280,43 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batc
             part = slice(i, i + batch_size)
             images = [*pool.map(read_image, sources[part], names[part])]
             images = to_input(torch.stack(images), device)
-            for px in resolutions:
-                degraded = degrade(images, px)
-                for key, backbone in backbones.items():
-                    embeddings = embed(backbone, degraded, flip).cpu()
-                    out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
-                    out[key, px][part] = embeddings
+            for px, key in itertools.product(resolutions, backbones):
+                embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
+                out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
+                out[key, px][part] = embeddings
             done, now = i + len(images), time.time()
             if now - shown > 5 or done == len(sources) and now - start > 5:
                 shown, rate = now, done / (now - start)
                 left = timedelta(0, (len(sources) - done) // rate)
-                print(f"{name}: {done:,} of {len(sources):,} images at {resolutions} px, "
-                      f"{rate:.0f}/s, {left} left", flush=True)
+                print(f"{name}: {done:,} of {len(sources):,} images, {rate:.0f}/s, {left} left",
+                      flush=True)
     return out
 
-def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=64):
+def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=64, plots=None):
     """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
-    degraded to each of `resolutions`, a benchmark without pairs is taken as it is."""
-    resolutions = resolutions if data.pairs else [SIZE]
+    degraded to each of `resolutions`, a benchmark without pairs is taken as it is.
+
+    plots: a dict that takes up the curves, {name of a picture: {label: [(x, y), ...]}}.
+    """
+    resolutions, rows = resolutions if data.pairs else [SIZE], []
+    plots, ends = defaultdict(dict) if plots is None else plots, (resolutions[0], resolutions[-1])
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
                                device, amp, flip, batch_size)
-    rows = []
     for px, name in itertools.product(resolutions, backbones):
-        sharp, degraded = embeddings[name, SIZE], embeddings[name, px]
+        sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
         row = {"set": data.name, "checkpoint": name, "px": px, "flip": flip}
         if data.pairs:
             first, second, same = data.pairs
             row["pairs"] = len(same)
             for way, other in (("both", degraded), ("cross", sharp)):
                 scores = (other[first] * degraded[second]).sum(1).double().numpy()
+                *folds, roc = *ten_folds(scores, same), tar_at_far(scores, same)
                 row |= zip([f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")],
-                           [*ten_folds(scores, same), tar_at_far(scores, same)], strict=True)
+                           [*folds, roc[0]])
+                curve = plots[f"{data.name}, {way}"].setdefault(name, [])
+                curve.append((px, row[f"{way}_accuracy"]))
+            if px in ends and roc[0] is not None:
+                plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
         cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
         for part, probes in data.probes.items():
             found = ranks(sharp[data.gallery], data.identity[data.gallery], degraded[probes],
@@ -314,9 +328,19 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=6
             probes = len(data.probes.get(part, ())) or ""
             rows.append(row | {"part": part, "gallery": len(data.gallery), "probes": probes,
                                "rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
+            if px in ends:
+                plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
         rows += [] if cmcs else [row]
+        if px == resolutions[0] < SIZE:
+            error = (sharp - degraded).abs() * sharp.shape[1] ** 0.5
+            density = torch.histc(error, 60, 0, 4) * 15 / error.numel()
+            plots[f"{data.name}, errors"][f"{name}, {px} px"] = [*zip(ERRORS, density.tolist())]
+        if px == SIZE and data.identity is not None and data.identity.max() > 10:
+            plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
+                px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
     return rows
 
+ERRORS = [(i + 0.5) / 15 for i in range(60)]  # middles of the histogram's bins
 COLUMNS = {"px": "px", "checkpoint": "checkpoint", "both_accuracy": "both", "both_std": "std",
            "both_tar": "TAR", "both_threshold": "cos >=", "cross_accuracy": "cross",
            "cross_std": "std", "cross_tar": "TAR", "cross_threshold": "cos >=", "part": "part",
@@ -329,13 +353,93 @@ def table(rows):
     for row in rows:
         lines.append([f"{row[key]:.3f}" if key.endswith("threshold") else f"{100 * row[key]:.2f}"
                       if isinstance(row[key], float) else str(row[key] or "-") for key in keys])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join([
         f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; accuracy, its std over ten folds, TAR "
         "at FAR 1e-3\nand ranks in %; cos >= is the threshold to accept from",
         *("  ".join(map(str.rjust, line, widths)) for line in lines), ""])
 
-# ---- 5. Command line ----------------------------------------------------------------------------
+# ---- 5. The paper's studies and figures ---------------------------------------------------------
+STUDY = [5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, SIZE]  # resolutions
+TICKS = [5, 7, 10, 14, 20, 28, 40, 56, SIZE]
+AXES = {  # of a picture whose name ends so: ticks on a logarithmic axis, and the labels of both
+    "both": (TICKS, "resolution of both images in pixels", "accuracy"),
+    "cross": (TICKS, "resolution of one image of a pair in pixels", "accuracy"),
+    "gradient": (TICKS, "resolution in pixels", "norm of the classification gradient"),
+    "ROC": ([0.001, 0.01, 0.1, 1], "false acceptance rate", "true acceptance rate"),
+    "CMC": ([1, 2, 5, 10, 20, 50], "rank", "identification rate"),
+    "errors": ((), "distance in a dimension, times the root of their number", "density"),
+    "distances": ((), "distance in one of 512 dimensions", "first derivative, over that at 1"),
+    "embeddings": ((), "first principal component", "second principal component")}
+COLOURS = ["#008df9", "#e20134", "#009f81", "#8400cd", "#ffc33b", "#9f0162", "#00c2f9", "#ff6e3a",
+           "#ff5aaf", "#a40122", "#00fccf", "#ffb2fd"]  # for the colour-blind (Krzywinski)
+
+def gradient_norms(path, backbone, root, device, amp, count=256):
+    """[(px, norm of the classification gradient at this resolution)] of the paper's study, that is
+    || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||, over all parameters w of the
+    backbone in eval mode, with the checkpoint's own head, and `count` images x_i spread evenly
+    over `root`: the image folder that it was trained on."""
+    state, (sources, labels) = torch.load(path, "cpu", weights_only=True), image_folder(root)
+    if "head" not in state or labels.max(initial=-1) + 1 < len(state["head"]["weight"]):
+        raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}")
+    head = ArcFace(*state["head"]["weight"].shape, state["args"]["scale"], state["args"]["margin"])
+    head.load_state_dict(state["head"])
+    known = np.flatnonzero(labels < len(head.weight))  # those held out come last
+    known = known[np.linspace(0, len(known) - 1, count).astype(int)]
+    images = to_input(torch.stack([read_image(source) for source in sources[known]]), device)
+    labels, head, curve = torch.from_numpy(labels[known]).to(device), head.to(device), []
+    for px in STUDY:
+        backbone.zero_grad()
+        for x, y in zip(degrade(images, px).split(64), labels.split(64)):
+            with autocast(device, amp):
+                loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / count
+            loss.backward()
+        norms = [w.grad.norm() for w in backbone.parameters() if w.requires_grad]
+        curve.append((px, torch.stack(norms).norm().item()))
+    return curve
+
+def slopes():
+    """{distance: [(d, its derivative at d over that at 1)]} in one dimension; the others stay 1."""
+    d = torch.linspace(0.005, 1.5, 300)
+    x = torch.cat([d[:, None], torch.ones(300, 511)], 1)
+    curves = {"L1": d ** 0, "smooth L1": d.clamp(max=1), "L2": d}
+    curves |= {f"LogExp({p})": logexp_grad(x, 0 * x, p)[:, 0] for p in (1, 2)}
+    return {name: [*zip(d.tolist(), (y / y[199]).tolist())] for name, y in curves.items()}
+
+def spread(identity, embeddings):
+    """{px: embeddings (n, D)}, and whose they are (n,) -> the points of the twelve people with the
+    most images in two principal components, {label: [(x, y), ...]}."""
+    people = np.bincount(identity[identity >= 0]).argsort()[:-13:-1]
+    chosen = np.concatenate([np.flatnonzero(identity == who)[:8] for who in people])
+    x = torch.stack([values[chosen] for values in embeddings.values()])  # (resolutions, images, D)
+    x = x - x.mean((0, 1))
+    x = x @ torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2][:2].T
+    return {f"{px} px" if who == people[0] else f"_{px} px, person {who}": part[
+        identity[chosen] == who].tolist() for px, part in zip(embeddings, x) for who in people}
+
+def draw(folder, name, curves):
+    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it. The legend leaves
+    out labels that begin with _, and shortens the paths of checkpoints."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (optional: imported where it is used)
+    picture, kind = Figure((4.8, 3.6), layout="constrained"), name.split()[-1]
+    ticks, xlabel, ylabel = AXES[kind]
+    axes = picture.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    for i, (label, points) in enumerate(curves.items()):
+        marker = {"marker": "ovsD"[i // 12], "ls": "", "ms": 4} if kind == "embeddings" else {}
+        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)
+        axes.plot(*zip(*points), color=COLOURS[i % 12], label=label, **marker)
+    if ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    picture.savefig(file := io.BytesIO(), dpi=200)
+    path = os.path.join(folder, re.sub(r"\W+", "-", name))
+    write_file(f"{path}.png", file.getbuffer())
+    write_file(f"{path}.json", json.dumps(curves).encode())
+
+# ---- 6. Command line ----------------------------------------------------------------------------
 def number(kind, low, high=1e9):
     """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
@@ -370,38 +474,46 @@ def run(main):
         text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
         return "error: " + " ".join(text.split())  # one line, whatever names of files hold
 
+SETS = {  # option: reader, and what it reads
+    "--lfw": (read_lfw, "folder with pairs.txt and the aligned images"),
+    "--xqlfw": (partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt"),
+    "--bin": (read_bin, "verification set of InsightFace"),
+    "--scface": (read_scface, "folder with mugshots and surveillance images"),
+    "--tinyface": (read_tinyface, "TinyFace, or its Testing_Set")}
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train.py, or InsightFace weights")
-    add("--lfw", metavar="DIR", help="folder with pairs.txt and the aligned images")
-    add("--xqlfw", metavar="DIR", help="folder with xqlfw_pairs.txt and the aligned images")
-    add("--bin", metavar="FILE", nargs="+", default=[], help="verification sets of InsightFace")
-    add("--scface", metavar="DIR", help="folder with mugshots and surveillance images")
+    for option, (_, text) in SETS.items():
+        add(option, metavar="PATH", nargs="+", default=[], help=text)
     add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
-    add("--tinyface", metavar="DIR", help="TinyFace, or its Testing_Set")
     add("--match", metavar="IMAGE", nargs="+", help="cosine similarities of aligned faces")
     add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
         help="to degrade pairs to, in pixels")
+    add("--study", metavar="DIR", help="the paper's: 19 resolutions, and gradient norms on DIR, "
+        "the image folder that the checkpoints were trained on")
     add("--flip", choices=["sum", "concat", "none"], default="sum", help="test of mirrored images")
     add("--json", metavar="FILE", help="write the results here too")
+    add("--plots", metavar="DIR", help="draw them here; needs matplotlib")
     add("--batch-size", type=number(int, 1), default=64, help="images at a time")
     add_device_options(parser)
     args = parser.parse_args(argv)
-    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
-        parser.error(f"--json {args.json}: its folder cannot be written to")
-    sets = [(read_lfw, args.lfw), *((read_bin, path) for path in args.bin),
-            (partial(read_lfw, file="xqlfw_pairs.txt"), args.xqlfw),
-            (partial(read_scface, subjects=args.scface_subjects), args.scface),
-            (read_tinyface, args.tinyface)]
-    sets = [read(path) for read, path in sets if path]
-    if not sets and len(args.match or []) < 2:
-        parser.error("nothing to do: give --lfw, --xqlfw, --bin, --scface, --tinyface, --match A B")
+    if args.plots and not find_spec("matplotlib"):
+        parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
+    sets = [read(path, *[args.scface_subjects] * (read is read_scface)) for option, (read, _) in
+            SETS.items() for path in vars(args)[option[2:]]]
+    if not sets and not args.study and len(args.match or []) < 2:
+        parser.error(f"nothing to do: give {', '.join(SETS)}, --study or --match A B")
+    for path in filter(None, (args.json, args.plots and os.path.join(args.plots, "x"))):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     keep_memory()
-    rows, backbones = [], {path: load_backbone(no_bomb(path)).to(
+    rows, plots, backbones = [], defaultdict(dict), {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
     options = args.device, args.amp, args.flip, args.batch_size
+    for name in backbones if args.study else ():
+        plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
@@ -411,10 +523,13 @@ def main(argv=None):
             rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
             print(f"{cosine:7.3f}  {a}  {b}  {name}")
     for data in sets:
-        rows += (new := evaluate(backbones, data, args.resolutions, *options))
+        rows += (new := evaluate(backbones, data, STUDY if args.study else args.resolutions,
+                                 *options, plots))
         print(table(new), flush=True)
     if args.json:
-        write_file(args.json, json.dumps(rows, indent=1).encode())
+        write_file(args.json, json.dumps(rows).encode())
+    for name, curves in {**plots, "distances": slopes()}.items() if args.plots else ():
+        draw(args.plots, name, curves)
 
 if __name__ == "__main__":
     sys.exit(run(main))

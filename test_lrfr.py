@@ -538,11 +538,14 @@ def test_ten_folds():
 def test_tar_at_far():
     scores = np.concatenate([np.linspace(0, 1, 11), np.linspace(-1, 0.55, 1000)])
     same = np.arange(1011) < 11
-    assert evaluate.tar_at_far(scores, same, 1e-3) == pytest.approx(5 / 11)  # .6 .. 1 pass
-    assert evaluate.tar_at_far(scores, same, 0.5) == pytest.approx(11 / 11)
-    assert evaluate.tar_at_far(np.array([0.5, 0.5]), np.array([True, False])) == 0
-    for kind in (True, False):
-        assert evaluate.tar_at_far(scores[:11], np.full(11, kind)) is None  # and not NaN, in JSON
+    assert evaluate.tar_at_far(scores, same, [1e-3, 0.5, 1]) == pytest.approx([5 / 11, 1, 1])
+    assert evaluate.FARS[0] == 1e-3 and evaluate.tar_at_far(scores, same)[0] == 5 / 11  # .6 .. 1
+    assert evaluate.tar_at_far(np.array([0.5, 0.5]), np.array([True, False]))[0] == 0
+    for far, tar in zip(evaluate.FARS, evaluate.tar_at_far(scores, same), strict=True):
+        passed = [t for t in [*scores, -np.inf] if (scores[~same] > t).sum() <= far * 1000]
+        assert tar == pytest.approx((scores[same] > min(passed)).mean())
+    for kind in (True, False):  # None, and not NaN, which JSON does not have
+        assert {*evaluate.tar_at_far(scores[:11], np.full(11, kind))} == {None}
 
 
 def rank_1(gallery, probes, identity):
@@ -783,6 +786,36 @@ def test_every_set_in_one_command(trained, lfw, folder, drawn, tmp_path):
     assert "average" in done.stdout and "aligned" in done.stdout
 
 
+def test_plots_show_what_was_measured(trained, lfw, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = cli("evaluate.py", trained[0] / "last.pt", "--lfw", lfw, "--resolutions", 7, 112,
+               "--study", folder, "--plots", tmp_path / "new" / "plots", "--json",
+               tmp_path / "all.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    plots = {path.stem: json.loads(path.read_text()) for path in
+             (tmp_path / "new" / "plots").glob("*.json")}
+    assert {*plots} == {"gradient", "distances", "LFW-ROC", "LFW-CMC", "LFW-both", "LFW-cross",
+                        "LFW-errors"}
+    for path in (tmp_path / "new" / "plots").glob("*.png"):
+        assert Image.open(path).size == (960, 720)
+    name = str(trained[0] / "last.pt")
+    assert [row["px"] for row in rows] == evaluate.STUDY
+    for way in ("both", "cross"):
+        assert plots[f"LFW-{way}"][name] == [[r["px"], r[f"{way}_accuracy"]] for r in rows]
+    assert plots["LFW-CMC"][f"{name}, 5 px"] == [[k, y] for k, y in enumerate(rows[0]["cmc"], 1)]
+    assert plots["LFW-ROC"][f"{name}, 112 px"][0] == [1e-3, rows[-1]["cross_tar"]]
+    ((_, errors),) = plots["LFW-errors"].items()
+    assert 0.99 < sum(y for _, y in errors) / 15 <= 1.001  # a density
+
+
+def test_plots_without_matplotlib(trained, lfw, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(trained[0] / "last.pt"), "--lfw", str(lfw), "--plots", "x"])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_read_image_takes_every_kind(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (112, 112, 3), dtype=np.uint8)
@@ -865,6 +898,56 @@ def test_fuzz(kind, drawn, lfw, tmp_path):
             assert str(path.parent) in str(error) and "\n" not in str(error)
         assert time.time() - start < 5
     assert refused
+
+
+def test_gradient_norms(trained, folder):
+    """The norm of the mean gradient, image by image, in float64."""
+    path = trained[0] / "last.pt"
+    curve = evaluate.gradient_norms(path, load_backbone(path), folder, CPU, "off", count=20)
+    assert [px for px, _ in curve] == evaluate.STUDY
+    state, backbone = torch.load(path, weights_only=True), load_backbone(path)
+    head = ArcFace(5, 512, state["args"]["scale"], state["args"]["margin"])
+    head.load_state_dict(state["head"])
+    known = [(p, i) for i in range(5) for p in sorted((folder / f"{i:02d}").iterdir())]  # 20 images
+    for px, norm in (curve[2], curve[-1]):
+        backbone.zero_grad()
+        for file, label in known:
+            x = degrade(evaluate.to_input(evaluate.read_image(file)[None], CPU), px)
+            loss = F.cross_entropy(head(backbone(x), torch.tensor([label])), torch.tensor([label]))
+            (loss / 20).backward()
+        total = sum(p.grad.double().square().sum() for p in backbone.parameters()
+                    if p.grad is not None)
+        assert norm == pytest.approx(math.sqrt(total), rel=1e-3)
+
+
+def test_slopes_are_the_derivatives():
+    curves = evaluate.slopes()
+    for name, loss in {"L1": l1_loss, "L2": l2_loss, "LogExp(1)": logexp_loss,
+                       "LogExp(2)": partial(logexp_loss, p=2),
+                       "smooth L1": F.smooth_l1_loss}.items():
+        values = []
+        for d in (1.0, *(d for d, _ in curves[name][::50])):
+            x = torch.ones(1, 512, dtype=torch.float64)
+            x[0, 0] = d
+            loss(x.requires_grad_(), torch.zeros_like(x)).backward()
+            values.append(x.grad[0, 0].item())
+        expected = [value / values[0] for value in values[1:]]
+        assert [y for _, y in curves[name][::50]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_spread_is_the_principal_components():
+    torch.manual_seed(0)
+    identity = np.repeat(np.arange(14), np.arange(23, 9, -1))  # the first twelve have the most
+    embeddings = {px: torch.randn(len(identity), 16, dtype=torch.float64) for px in (7, 112)}
+    curves = evaluate.spread(identity, embeddings)
+    assert list(curves)[:2] == ["7 px", "_7 px, person 1"] and list(curves)[12] == "112 px"
+    points = np.array([*curves.values()]).reshape(-1, 2)  # 2 resolutions, 12 people, 8 of each
+    first8 = [i for who in range(12) for i in np.flatnonzero(identity == who)[:8]]
+    x = np.concatenate([embeddings[px][first8] for px in (7, 112)])
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    expected = (x - x.mean(0)) @ vectors[:, :-3:-1]
+    assert np.allclose(np.abs(points), np.abs(expected)) and len(curves) == 24
+    assert points.var(0) == pytest.approx(values[:-3:-1])
 
 
 # ---- 7. Training --------------------------------------------------------------------------------
@@ -1349,7 +1432,10 @@ BAD_COMMANDS = [
     ("evaluate.py {run} --lfw {empty}", 1, r"pairs.txt: No such file"),
     ("evaluate.py nothing.pt --lfw {lfw}", 1, r"nothing.pt: No such file"),
     ("evaluate.py {run} --lfw {lfw} --resolutions 0", 2, r"0 is not from 1"),
-    ("evaluate.py {run} --lfw {lfw} --json nowhere/x.json", 2, r"its folder cannot be written"),
+    ("evaluate.py {run} --lfw {lfw} --json {run}/x.json", 1, r"last.pt: (File exists|Not a dir)"),
+    ("evaluate.py {run} --study {empty}", 1, r"last.pt holds no classifier, or not of the ident"),
+    ("evaluate.py {run} --study nowhere", 1, r"nowhere: No such file"),
+    ("evaluate.py {bare} --study {folder}", 1, r"bare.pt holds no classifier"),
     ("evaluate.py {run} --lfw {lfw} --flip up", 2, r"invalid choice: 'up'"),
 ]
 
@@ -1359,8 +1445,9 @@ def test_bad_command_lines(command, status, message, folder, lfw, trained, tmp_p
                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    torch.save(load_backbone(trained[0] / "last.pt").state_dict(), tmp_path / "bare.pt")
     script, *arguments = command.format(folder=folder, lfw=lfw, run=trained[0] / "last.pt",
-                                        empty=tmp_path / "empty").split()
+                                        empty=tmp_path / "empty", bare=tmp_path / "bare.pt").split()
     main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
     with pytest.raises(SystemExit) as stopped:
         sys.exit(evaluate.run(partial(main, arguments)))

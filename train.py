@@ -11,8 +11,10 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 
@@ -22,12 +24,12 @@ from PIL import Image
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 
-from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, keep_memory,
-                      make_pairs, no_bomb, number, precision, read_bin, read_image, run, table,
-                      write_file)
+from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, image_folder,
+                      keep_memory, make_pairs, no_bomb, number, precision, read_bin, read_image,
+                      run, table, write_file)
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, jitter, l1_loss, l2_loss,
                   learning_rate, load_backbone, logexp_loss, parse_ratio, to_input)
 
@@ -67,13 +69,6 @@ class Faces(Dataset):
         """The chosen images alone (a mask), with `first` taken from their labels."""
         i = np.flatnonzero(chosen)
         return Faces(self.name, self.sources[i], self.labels[i] - first, self.read)
-
-def image_folder(root):
-    """`root`/identity/image.jpg (or .png ...) -> Faces, identities and images in sorted order."""
-    some = any(entry.is_dir() for entry in os.scandir(root))
-    samples = ImageFolder(root, allow_empty=True).samples if some else []
-    labels = np.unique([label for _, label in samples], return_inverse=True)[1]
-    return Faces(root, np.array([path for path, _ in samples], object), labels)
 
 def read_record(path, offset):
     """The image file in the record at a byte offset; opens anew, so that nothing is shared."""
@@ -190,7 +185,7 @@ def open_data(name, holdout):
                          " faces as identity/image.jpg, or train.rec and train.idx (MS1M: see "
                          "github.com/deepinsight/insightface/wiki/Dataset-Zoo); or try --data demo")
     packed = os.path.exists(os.path.join(root, "train.rec"))
-    faces = record_file(root) if packed else image_folder(root)
+    faces = record_file(root) if packed else Faces(root, *image_folder(root))
     if holdout is None:  # two or more, or none where they are few
         holdout = min(100, faces.classes // 20) * (faces.classes >= 40)
     first = faces.classes - holdout  # of those held out
@@ -253,6 +248,7 @@ def parse_arguments(argv):
     add("--save-every", 2000, "steps between checkpoints; epochs end with one", number(int, 1))
     add("--workers", 1, "processes that decode images", number(int, 0, 256))
     add("--seed", 0, "of everything random", number(int, 0, 2**40))
+    add("--profile", 0, "time so many steps, show where the time goes, and end", number(int, 0))
     add_device_options(parser)
     if parser.parse_args(argv).data == "demo":
         parser.set_defaults(**DEMO)
@@ -301,6 +297,39 @@ def newest_checkpoint(args):
         say(f"going on from step {step:,} of {path}")
         return state
     return {"step": 0}
+
+class Stopwatch:
+    """Where the time of a step goes: each call books what has passed since the last to a part."""
+
+    def __init__(self, model, device):
+        self.model, self.device, self.parts, self.last = model, device, defaultdict(float), 0
+        model.backbone.register_forward_pre_hook(lambda *_: self("crops, flips and MAug"))
+        model.backbone.register_forward_hook(lambda *_: self("backbone, forward"))
+        model.backbone.register_full_backward_pre_hook(lambda *_: self("head and losses"))
+
+    def __call__(self, part):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.parts[part] += now - self.last
+        self.last = now
+
+    def report(self, steps, images, labels, dtype):
+        """Prints the parts, and the share that their arithmetic has of a plain matrix product's."""
+        seconds = sum(self.parts.values()) / steps
+        for part, spent in self.parts.items():
+            say(f"{part:>24} {1000 * spent / steps:9.1f} ms {spent / steps / seconds:6.1%}")
+        with FlopCounterMode(display=False) as counter:
+            self.model(images, labels)
+        work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
+        matrix = torch.randn(4096, 4096, device=self.device).to(dtype)
+        for part in ("warm up", *["product"] * 5):
+            matrix @ matrix
+            self(part)
+        rate = 5 * 2e-9 * 4096 ** 3 / self.parts["product"]
+        say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
+            f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of the {rate:,.0f} of a "
+            f"matrix product in {dtype}")
 
 def ignore_signals(_):  # in a worker, for the training process to decide
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -363,6 +392,7 @@ def train(args):
            f"the run goes to {args.out}", args=arguments, begin=begin)
     handlers = {name: signal.signal(name, lambda name, _: STOP_SIGNALS.append(name))
                 for name in (signal.SIGINT, signal.SIGTERM)}
+    lap = Stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
     bad, since, sums = set(), 0, 0  # steps, and sums of the loss and its parts, since the last line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
@@ -372,6 +402,7 @@ def train(args):
             if len(bad) > len(faces) / 1000:
                 raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more than 1 "
                                  f"in 1,000; the last: {error}")
+        lap("reading and decoding")
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
         lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
@@ -380,12 +411,20 @@ def train(args):
         model.off = step <= args.start * steps
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
+        lap("head and losses")
         optimiser.zero_grad()
         scaler.scale(loss).backward()
+        lap("backbone, backward")
         scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
         scaler.step(optimiser)
         scaler.update()
+        lap("optimiser")
+        if args.profile and step == 5:
+            lap.parts.clear()  # the first steps find their memory and threads
+        if args.profile and step == 5 + args.profile:
+            return lap.report(args.profile, images, labels,
+                              precision(args.device, args.amp) or torch.float32)
         since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
         epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
         if not (since == 20 or epoch_ends or save_now or (STOP_SIGNALS and RANKS == 1)):
@@ -397,7 +436,7 @@ def train(args):
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              f"lower --lr. The last good checkpoint: {last}")
-        values = dict(zip(values, means, strict=True))
+        values = dict(zip(values, means))
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         rate, epoch = since / (time.time() - logged), (step - 1) // per_epoch + 1
         report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
@@ -420,6 +459,8 @@ def train(args):
 def main(argv=None):
     args = parse_arguments(argv)
     keep_memory()
+    if args.profile:
+        args.epochs, args.out = 10**6, tempfile.mkdtemp()
     if RANKS > 1:
         if args.device.type == "cuda":
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
