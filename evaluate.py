@@ -48,7 +48,8 @@ def read_image(source, name=None):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
+            image.load()  # convert makes a copy, even of RGB
+            image = image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name}: not a readable image ({reason})") from None

@@ -57,8 +57,9 @@ class Faces(Dataset):
 
     def __getitem__(self, i):
         errors = []
-        for j in [k % len(self) for k in range(i, i + 100)]:
+        for j in range(i, i + 100):
             try:
+                j %= len(self)
                 image = read_image(self.read(self.sources[j]), f"{self.name}, image {j}")
                 return image, int(self.labels[j]), "\n".join(errors)
             except ValueError as error:
@@ -73,7 +74,7 @@ class Faces(Dataset):
 def read_record(path, offset):
     """The image file in the record at a byte offset; opens anew, so that nothing is shared."""
     parts, flag = [], 1
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while flag in (1, 2):  # 0 is a whole record; 1, then some 2, then 3 are parts of one
             magic, word = np.frombuffer(file.read(8).ljust(8), "<u4").tolist()
