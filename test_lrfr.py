@@ -965,7 +965,7 @@ def test_drawn_faces_are_people(drawn):
 
 
 def test_image_folder_and_split(folder, tmp_path):
-    faces = train.image_folder(folder)
+    faces = train.Faces(folder, *evaluate.image_folder(folder))
     assert faces.classes == 8 and Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
     kept, held_out = faces.part(faces.labels < 5), faces.part(faces.labels >= 5, 5)
     assert kept.classes == 5 and held_out.classes == 3
