@@ -244,7 +244,8 @@ class ArcFace(nn.Module):
             raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to "
                              f"{len(self.weight) - 1}")
         with torch.autocast(embeddings.device.type, enabled=False):
-            cos = F.normalize(embeddings.float()) @ F.normalize(self.weight.float()).T
+            weight = self.weight.float()  # divided by below: a copy of a million classes is 2 GB
+            cos = F.normalize(embeddings.float()) @ weight.T / weight.norm(dim=1).clamp(min=1e-12)
             own = cos.gather(1, labels[:, None])  # (N, 1) out of (N, classes)
             sin = (1 - own.square()).clamp(min=1e-6).sqrt()  # infinitely steep at theta = 0 and pi
             cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
@@ -316,18 +317,6 @@ def random_flip(images):
     mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
-def jitter(images, strength):
-    """Random scale, turn, shift, contrast and brightness: fewer people are learnt by heart."""
-    if not strength:
-        return images
-    scale, turn, right, down, contrast, bright = strength * (torch.rand(6, len(images)) * 2 - 1)
-    cos, sin = (1 + 0.15 * scale) * (0.15 * turn).cos(), (1 + 0.15 * scale) * (0.15 * turn).sin()
-    affine = torch.stack([cos, -sin, 0.1 * right, sin, cos, 0.1 * down], 1).view(-1, 2, 3)
-    grid = F.affine_grid(affine.to(images.device), images.shape, align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    gain, offset = (0.3 * z.view(-1, 1, 1, 1).to(images.device) for z in (contrast, bright))
-    return (images * (1 + gain) + offset).clamp(-1, 1)
-
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
     return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
@@ -339,19 +328,14 @@ class LRFR(nn.Module):
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
-    Under research: share (of the classification's gradient on f_lr that the distance's is scaled
-    to, weight is then ignored), detach (the sharp side), raw (embeddings not normalised), forwards.
     """
 
-    def __init__(self, backbone, head, maug=None, distance=None, weight=1.0, share=None,
-                 detach=False, raw=False, forwards=1):
+    def __init__(self, backbone, head, maug=None, distance=None, weight=1.0):
         super().__init__()
         if distance is not None and maug is None:
             raise ValueError("a distance between sharp and degraded faces needs an augmentation")
         self.backbone, self.head, self.maug = backbone, head, maug
-        self.distance, self.weight, self.share = distance, weight, share
-        self.detach, self.raw, self.forwards = detach, raw, forwards
-        self.off = False
+        self.distance, self.weight = distance, weight
 
     def forward(self, images, labels):
         """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: value}."""
@@ -362,22 +346,15 @@ class LRFR(nn.Module):
         degraded = random_flip(self.maug(images))  # flips independently, as in the official code
         # One forward of both: batch norm then learns from the mixture that it meets when deployed
         # (the official code takes two), and one large batch is faster than two small ones.
-        if self.forwards == 1:
-            f_hr, f_lr = self.backbone(torch.cat([sharp, degraded])).chunk(2)  # 2 x (N, D)
-        else:
-            f_hr, f_lr = self.backbone(sharp), self.backbone(degraded)
-        ce_hr = F.cross_entropy(self.head(f_hr, labels), labels)
-        ce_lr = F.cross_entropy(self.head(f_lr, labels), labels)
+        embeddings, labels = self.backbone(torch.cat([sharp, degraded])), labels.repeat(2)
+        entropy = F.cross_entropy(self.head(embeddings, labels), labels, reduction="none")
+        ce_hr, ce_lr = entropy.view(2, -1).mean(1)
         loss, parts = (ce_hr + ce_lr) / 2, {"sharp": ce_hr.detach(), "degraded": ce_lr.detach()}
         if self.distance is not None:
-            x, y = (f_hr, f_lr) if self.raw else (F.normalize(f_hr), F.normalize(f_lr))
-            distance = self.distance(x.detach() if self.detach else x, y)
-            g_ce, = torch.autograd.grad(loss, f_lr, retain_graph=True)
-            g_d, = torch.autograd.grad(distance, f_lr, retain_graph=True)
-            ratio = g_ce.norm() / g_d.norm().clamp(min=1e-12)
-            weight = 0.0 if self.off else self.weight if self.share is None else self.share * ratio
-            loss, parts["distance"] = loss + weight * distance, distance.detach()
-            parts["share"] = weight / ratio
+            # Of unit embeddings, as in the official code: nothing else about them is ever compared.
+            f_hr, f_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
+            distance = self.distance(f_hr, f_lr)
+            loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts
 
 if __name__ == "__main__":

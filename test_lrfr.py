@@ -1160,12 +1160,20 @@ def test_learning_rate():
 
 
 def test_jitter():
+    """Each image moves and is lit by itself, within the bounds; the same under the same seed."""
     torch.manual_seed(0)
-    images = torch.rand(4, 3, 112, 112) * 2 - 1
-    assert torch.allclose(lrfr.jitter(images, 0.0), images, atol=1e-4)
-    moved = lrfr.jitter(images, 1.0)
-    assert moved.shape == images.shape and moved.abs().max() <= 1
-    assert (moved - images).abs().mean() > 0.1
+    images = torch.zeros(8, 3, 112, 112, dtype=torch.uint8) + 60
+    images[:, :, 52:60, 52:60] = 200  # a square in the middle
+    assert train.jitter(images, 0.0) is images
+    moved = train.jitter(images, 1.0)
+    torch.manual_seed(0)
+    assert torch.equal(train.jitter(torch.cat([images]), 1.0), moved)
+    assert moved.shape == images.shape and moved.dtype == torch.uint8
+    centres = [torch.nonzero(image[0] == image[0, 30:80, 30:80].max()).float().mean(0) - 55.5
+               for image in moved]
+    assert len({tuple(centre.tolist()) for centre in centres}) == 8
+    assert all(centre.abs().max() < 8 for centre in centres)
+    assert len({int(image[0, 30:80, 30:80].max()) for image in moved}) > 4
 
 
 def test_a_run_leaves_what_it_promises(trained):

@@ -25,13 +25,14 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, image_folder,
                       keep_memory, make_pairs, no_bomb, number, precision, read_bin, read_image,
                       run, table, write_file)
-from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, jitter, l1_loss, l2_loss,
-                  learning_rate, load_backbone, logexp_loss, parse_ratio, to_input)
+from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, learning_rate,
+                  load_backbone, logexp_loss, parse_ratio, to_input)
 
 RANK, RANKS = (int(os.environ.get(key, low)) for key, low in (("RANK", "0"), ("WORLD_SIZE", "1")))
 STOP_SIGNALS = []  # those that have come in
@@ -196,6 +197,14 @@ def open_data(name, holdout):
     bins = sorted(os.path.join(root, x) for x in os.listdir(root) if packed and x.endswith(".bin"))
     return faces.part(faces.labels < first), faces.part(faces.labels >= first, first), bins
 
+def jitter(images, strength):
+    """Turns, shifts, scales and lights each of (N, 3, H, W) uint8 at random: few people are learnt
+    by heart otherwise."""
+    change = v2.Compose([v2.RandomAffine(9 * strength, [strength / 20] * 2, (
+        1 - 0.15 * strength, 1 + 0.15 * strength), interpolation=v2.InterpolationMode.BILINEAR,
+        fill=127), v2.ColorJitter(0.3 * strength, 0.3 * strength)])
+    return torch.cat([change(image) for image in images.split(1)]) if strength else images
+
 def batches(images, batch_size, seed, steps):
     """Yields the images of each of `steps`; every epoch has a new order, every rank its share."""
     for step in steps:
@@ -228,12 +237,6 @@ def parse_arguments(argv):
     add("--loss", "logexp", "distance between the two", choices=["logexp", "l1", "l2", "none"])
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
     add("--weight", 1.0, "lambda, weight of the distance", number(float, 0))
-    add("--share", None, "research: gradient of the distance over the classification's", float)
-    add("--detach", 0, "research: sharp side detached", int)
-    add("--raw", 0, "research: embeddings not normalised", int)
-    add("--forwards", 1, "research: 2 as in the official code", int)
-    add("--batch-log", 0, "research: one log over the batch, as in the official code", int)
-    add("--start", 0.0, "research: share of the steps without the distance", float)
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
     add("--width", 64, "channels of its first stage; oneDNN crashes under 16", number(int, 16, 999))
     add("--scale", 64.0, "s of ArcFace", number(float, 0))
@@ -242,7 +245,7 @@ def parse_arguments(argv):
     add("--batch-size", 128, "faces per step, over all processes", number(int, 2))
     add("--lr", 0.02, "highest learning rate", number(float, 0))
     add("--weight-decay", 5e-4, "of all parameters", number(float, 0))
-    add("--jitter", 0.0, "strength of random crops and light", number(float, 0))
+    add("--jitter", 0.0, "strength of random crops and light", number(float, 0, 5))
     add("--init", None, "checkpoint, or InsightFace weights, to begin with", metavar="FILE")
     add("--holdout", None, "identities for the final table; None: 5 %%, up to 100", number(int, 0))
     add("--out", None, "folder of the run; None: runs/ and a name made of the arguments")
@@ -268,11 +271,7 @@ def build(args):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    if args.batch_log:
-        distances["logexp"] = lambda x, y: logexp_loss(x.reshape(1, -1), y.reshape(1, -1), args.p
-                                                       ) * x.shape[1]
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.share,
-                 args.detach, args.raw, args.forwards).train()
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight).train()
     model = model.to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
@@ -299,38 +298,36 @@ def newest_checkpoint(args):
         return state
     return {"step": 0}
 
-class Stopwatch:
-    """Where the time of a step goes: each call books what has passed since the last to a part."""
-
-    def __init__(self, model, device):
-        self.model, self.device, self.parts, self.last = model, device, defaultdict(float), 0
-        model.backbone.register_forward_pre_hook(lambda *_: self("crops, flips and MAug"))
-        model.backbone.register_forward_hook(lambda *_: self("backbone, forward"))
-        model.backbone.register_full_backward_pre_hook(lambda *_: self("head and losses"))
-
-    def __call__(self, part):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def stopwatch(model, device):
+    """-> lap, a function that books the time since its last call to a part of the step."""
+    def lap(part):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
-        self.parts[part] += now - self.last
-        self.last = now
+        lap.parts[part] += now - lap.last
+        lap.last = now
+    lap.parts, lap.last = defaultdict(float), 0
+    model.backbone.register_forward_pre_hook(lambda *_: lap("crops, flips and MAug"))
+    model.backbone.register_forward_hook(lambda *_: lap("backbone, forward"))
+    model.backbone.register_full_backward_pre_hook(lambda *_: lap("head and losses"))
+    return lap
 
-    def report(self, steps, images, labels, dtype):
-        """Prints the parts, and the share that their arithmetic has of a plain matrix product's."""
-        seconds = sum(self.parts.values()) / steps
-        for part, spent in self.parts.items():
-            say(f"{part:>24} {1000 * spent / steps:9.1f} ms {spent / steps / seconds:6.1%}")
-        with FlopCounterMode(display=False) as counter:
-            self.model(images, labels)
-        work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
-        matrix = torch.randn(4096, 4096, device=self.device).to(dtype)
-        for part in ("warm up", *["product"] * 5):
-            matrix @ matrix
-            self(part)
-        rate = 5 * 2e-9 * 4096 ** 3 / self.parts["product"]
-        say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
-            f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of the {rate:,.0f} of a "
-            f"matrix product in {dtype}")
+def show_profile(lap, steps, model, images, labels, dtype):
+    """Where the time of a step went, and how its arithmetic compares with a matrix product's."""
+    seconds = sum(lap.parts.values()) / steps
+    for part, spent in lap.parts.items():
+        say(f"{part:>24} {1000 * spent / steps:9.1f} ms {spent / steps / seconds:6.1%}")
+    with FlopCounterMode(display=False) as counter:
+        model(images, labels)
+    work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
+    matrix = torch.randn(4096, 4096, device=images.device).to(dtype)
+    for part in ("warm up", *["product"] * 5):
+        matrix @ matrix
+        lap(part)
+    rate = 5 * 2e-9 * 4096 ** 3 / lap.parts["product"]
+    say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
+        f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
+        f"{rate:,.0f} in {dtype}")
 
 def ignore_signals(_):  # in a worker, for the training process to decide
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -393,7 +390,7 @@ def train(args):
            f"the run goes to {args.out}", args=arguments, begin=begin)
     handlers = {name: signal.signal(name, lambda name, _: STOP_SIGNALS.append(name))
                 for name in (signal.SIGINT, signal.SIGTERM)}
-    lap = Stopwatch(model, args.device) if args.profile else lambda part: None
+    lap = stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
     bad, since, sums = set(), 0, 0  # steps, and sums of the loss and its parts, since the last line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
@@ -407,9 +404,9 @@ def train(args):
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
         lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
-        images = jitter(to_input(images, args.device), args.jitter)
+        images = jitter(images.to(args.device, non_blocking=True), args.jitter)
+        images = to_input(images, args.device)
         labels = labels.to(args.device, non_blocking=True)
-        model.off = step <= args.start * steps
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
         lap("head and losses")
@@ -424,8 +421,8 @@ def train(args):
         if args.profile and step == 5:
             lap.parts.clear()  # the first steps find their memory and threads
         if args.profile and step == 5 + args.profile:
-            return lap.report(args.profile, images, labels,
-                              precision(args.device, args.amp) or torch.float32)
+            return show_profile(lap, args.profile, model, images, labels,
+                                precision(args.device, args.amp) or torch.float32)
         since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
         epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
         if not (since == 20 or epoch_ends or save_now or (STOP_SIGNALS and RANKS == 1)):
