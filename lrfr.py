@@ -82,7 +82,6 @@ class MAug:
     and 20 px half of the time each, 14 px never.) Draws come from torch's CPU generator: the same
     on every device, and a GPU never waits for them. Raises ValueError for a ratio that is none.
     """
-
     def __init__(self, resolutions=(7, 14, 20), ratio=(1, 1, 2)):
         if len(resolutions) != len(ratio):
             raise ValueError(f"{len(resolutions)} resolutions, but a ratio of {len(ratio)} numbers")
@@ -98,13 +97,11 @@ class MAug:
         return degrade(images, self.sample(len(images)))
 
 # ---- 2. Backbone: InsightFace's IResNet, with its state-dict names, so that its weights load ----
-
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3),
           100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}  # blocks in layer1..4; 10 is ours, for CPUs
 
 class _PReLU(torch.autograd.Function):
     """PReLU on CPUs, where torch's own backward is several times slower in bfloat16."""
-
     @staticmethod
     def forward(ctx, x, slope):
         ctx.save_for_backward(x, slope)
@@ -125,7 +122,6 @@ class PReLU(nn.PReLU):
 
 class Block(nn.Module):
     """BN-conv-BN-PReLU-conv-BN plus a shortcut; the stride sits in the second convolution."""
-
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
@@ -147,7 +143,6 @@ class IResNet(nn.Module):
     depth: 18, 34, 50, 100 or 200 as in InsightFace, or 10 for CPUs. width: channels of the first
     stage (64 there); each of the three later stages doubles it. dropout: before the last layer.
     """
-
     def __init__(self, depth=50, width=64, embed_dim=512, dropout=0.0):
         super().__init__()
         if depth not in DEPTHS:
@@ -155,13 +150,12 @@ class IResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.prelu = PReLU(width)
-        inputs = width
+        outputs = width
         for stage, blocks in enumerate(DEPTHS[depth]):  # 112 -> 56 -> 28 -> 14 -> 7 pixels
-            outputs = width * 2 ** stage
+            inputs, outputs = outputs, width * 2 ** stage
             layer = [Block(inputs, outputs, 2)]
             layer += [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
-            inputs = outputs
         self.bn2 = nn.BatchNorm2d(outputs)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(outputs * 7 * 7, embed_dim)
@@ -233,7 +227,6 @@ class ArcFace(nn.Module):
     its true gradient (InsightFace's leaves out the factor sin(theta + m) / sin(theta)). Labels out
     of range are a ValueError on the CPU; on a GPU, CUDA's own index check stops.
     """
-
     def __init__(self, num_classes, embed_dim=512, scale=64.0, margin=0.5):
         super().__init__()
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embed_dim)))
@@ -317,10 +310,6 @@ def random_flip(images):
     mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
-def learning_rate(step, steps, peak):
-    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
-
 class LRFR(nn.Module):
     """One backbone and one head that see every face twice: the total loss of the paper.
 
@@ -329,7 +318,6 @@ class LRFR(nn.Module):
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
     """
-
     def __init__(self, backbone, head, maug=None, distance=None, weight=1.0):
         super().__init__()
         if distance is not None and maug is None:

@@ -1152,11 +1152,11 @@ def test_batches_take_each_image_once_an_epoch(monkeypatch):
 
 
 def test_learning_rate():
-    rates = [lrfr.learning_rate(step, 100, 0.5) for step in range(100)]
+    rates = [train.learning_rate(step, 100, 0.5) for step in range(100)]
     assert max(rates) == 0.5 and rates.index(0.5) == 4
     assert np.all(np.diff(rates[:5]) > 0) and np.all(np.diff(rates[5:]) < 0)
     assert 0 < rates[-1] < 0.01
-    assert all(0 < lrfr.learning_rate(s, n, 1.0) <= 1 for n in range(1, 50) for s in range(n))
+    assert all(0 < train.learning_rate(s, n, 1.0) <= 1 for n in range(1, 50) for s in range(n))
 
 
 def test_jitter():

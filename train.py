@@ -31,8 +31,8 @@ from torchvision.utils import save_image
 from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, image_folder,
                       keep_memory, make_pairs, no_bomb, number, precision, read_bin, read_image,
                       run, table, write_file)
-from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, learning_rate,
-                  load_backbone, logexp_loss, parse_ratio, to_input)
+from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
+                  logexp_loss, parse_ratio, to_input)
 
 RANK, RANKS = (int(os.environ.get(key, low)) for key, low in (("RANK", "0"), ("WORLD_SIZE", "1")))
 STOP_SIGNALS = []  # those that have come in
@@ -263,6 +263,10 @@ def parse_arguments(argv):
             *[f"p{args.p:g}"] * (args.loss == "logexp"), f"seed{args.seed}"]
     args.out = args.out or os.path.join("runs", "-".join(name).replace(":", "_"))
     return args
+
+def learning_rate(step, steps, peak):
+    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
+    return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
 
 def build(args):
     """Arguments -> the model that computes the loss, its optimiser, and its gradient scaler."""
