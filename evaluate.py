@@ -132,7 +132,8 @@ def read_lfw(root, file="pairs.txt"):
                     raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
                 pairs.append(index.setdefault(image, len(index)))
     people = [os.path.basename(os.path.dirname(image)) for image in index]
-    who, (first, second) = np.unique(people, return_inverse=True)[1], np.reshape(pairs, (-1, 2)).T
+    who = np.unique(people, return_inverse=True)[1]
+    first, second = np.array(pairs, int).reshape(-1, 2).T
     return verification(path, [*index], first, second, who[first] == who[second], who)
 
 BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets instead

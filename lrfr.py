@@ -15,7 +15,6 @@ loss. `python lrfr.py` checks the analytic gradient of the LogExp loss.
     lambda              weight                            not given in the paper; official code: 1
 """
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +26,19 @@ def to_input(images, device):
     images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
     return images.contiguous(memory_format=torch.channels_last)
 
-@cache
-def _bicubic(old, new, channels, device):
-    """The matrix that resizes one axis of interleaved channels as Pillow does, antialiased."""
-    matrix = F.interpolate(torch.eye(old, device=device)[None, None], (new, old), mode="bicubic",
-                           antialias=True)[0, 0]
-    return torch.kron(matrix, torch.eye(channels, device=device))  # (new channels, old channels)
+def _bicubic(old, new, device):
+    """(new, old): the matrix that resizes one axis as Pillow does, antialiased."""
+    return F.interpolate(torch.eye(old, device=device)[None, None], (new, old), mode="bicubic",
+                         antialias=True)[0, 0]
 
-def _resize(rows, channels, height, width):
-    """(N, H, W * channels) -> (N, height, width * channels); the order of least work."""
-    down = _bicubic(rows.shape[1], height, 1, rows.device)
-    across = _bicubic(rows.shape[2] // channels, width, channels, rows.device).T
-    rows = down @ rows @ across if height < rows.shape[1] else down @ (rows @ across)
-    return rows.clamp_(-1, 1)  # bicubic overshoots
+def _resizer(old, new, channels, device):
+    """-> a function that resizes (N, H, W * channels), from old = (H, W) to new, in [-1, 1]."""
+    down, across = (_bicubic(*axis, device) for axis in zip(old, new))
+    across = torch.kron(across, torch.eye(channels, device=device)).T  # channels are interleaved
+    def resize(rows):
+        rows = down @ rows @ across if new < old else down @ (rows @ across)  # of the least work
+        return rows.clamp_(-1, 1)  # bicubic overshoots
+    return resize
 
 def degrade(images, px):
     """Bicubic down to `px` rows (antialiased) and back up, as Pillow does it; not in place.
@@ -51,19 +50,21 @@ def degrade(images, px):
     n, channels, height, width = images.shape
     px = torch.as_tensor(px).expand(n)
     rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)  # channels last: a view
-    out = torch.empty_like(rows)
+    out = torch.empty_like(images)
     for r in px.unique().tolist():
         if r < 1:
             raise ValueError(f"a resolution is at least 1 pixel, got {r}")
+        size, small = (height, width), (r, max(1, round(r * width / height)))
+        steps = [_resizer(size, small, channels, images.device),
+                 _resizer(small, size, channels, images.device)] if r < height else []
         chosen = (px == r).nonzero().squeeze(1).to(images.device, non_blocking=True)
         for part in chosen.split(16):  # so many fit into the cache of a CPU
             image = rows[part]
-            if r < height:
-                with torch.autocast(images.device.type, enabled=False):
-                    image = _resize(image.float(), channels, r, max(1, round(r * width / height)))
-                    image = _resize(image, channels, height, width)
-            out[part] = image.to(images.dtype)
-    return out.view(n, height, width, channels).permute(0, 3, 1, 2)
+            with torch.autocast(images.device.type, enabled=False):
+                for resize in steps:
+                    image = resize(image.float())
+            out.permute(0, 2, 3, 1)[part] = image.to(images.dtype).view(-1, height, width, channels)
+    return out
 
 def parse_ratio(text):
     """The text "1:1:2" -> (1.0, 1.0, 2.0); ValueError, with the text, if it is no ratio."""
@@ -317,13 +318,16 @@ class LRFR(nn.Module):
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
+    pull: what the distance moves, "degraded" embeddings alone, or "both", as in the paper.
     """
-    def __init__(self, backbone, head, maug=None, distance=None, weight=1.0):
+    def __init__(self, backbone, head, maug=None, distance=None, weight=300.0, pull="degraded"):
         super().__init__()
         if distance is not None and maug is None:
             raise ValueError("a distance between sharp and degraded faces needs an augmentation")
+        if pull not in ("degraded", "both"):
+            raise ValueError(f"pull is 'degraded' or 'both', got '{pull}'")
         self.backbone, self.head, self.maug = backbone, head, maug
-        self.distance, self.weight = distance, weight
+        self.distance, self.weight, self.pull = distance, weight, pull
 
     def forward(self, images, labels):
         """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: value}."""
@@ -341,6 +345,8 @@ class LRFR(nn.Module):
         if self.distance is not None:
             # Of unit embeddings, as in the official code: nothing else about them is ever compared.
             f_hr, f_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
+            if self.pull == "degraded":  # f_hr is the target; moving it costs accuracy (README)
+                f_hr = f_hr.detach()
             distance = self.distance(f_hr, f_lr)
             loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts

@@ -224,6 +224,7 @@ def save_faces(path, faces, resolutions):
 # ---- 2. Training --------------------------------------------------------------------------------
 DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
         "lr": 0.1}
+WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # equally strong on unit embeddings of faces
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(
@@ -236,7 +237,8 @@ def parse_arguments(argv):
     add("--resolutions", [7, 14, 20], "of MAug, in pixels", number(int, 1, SIZE), nargs="+")
     add("--loss", "logexp", "distance between the two", choices=["logexp", "l1", "l2", "none"])
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
-    add("--weight", 1.0, "lambda, weight of the distance", number(float, 0))
+    add("--weight", None, f"lambda of the distance; None: {WEIGHTS}", number(float, 0))
+    add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
     add("--width", 64, "channels of its first stage; oneDNN crashes under 16", number(int, 16, 999))
     add("--scale", 64.0, "s of ArcFace", number(float, 0))
@@ -259,6 +261,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
+    args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
     name = [os.path.basename(os.path.normpath(args.data)), args.backbone, args.maug, args.loss,
             *[f"p{args.p:g}"] * (args.loss == "logexp"), f"seed{args.seed}"]
     args.out = args.out or os.path.join("runs", "-".join(name).replace(":", "_"))
@@ -275,8 +278,8 @@ def build(args):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight).train()
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull)
+    model = model.train().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     fp16 = precision(args.device, args.amp) == torch.float16
