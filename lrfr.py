@@ -26,14 +26,10 @@ def to_input(images, device):
     images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
     return images.contiguous(memory_format=torch.channels_last)
 
-def _bicubic(old, new, device):
-    """(new, old): the matrix that resizes one axis as Pillow does, antialiased."""
-    return F.interpolate(torch.eye(old, device=device)[None, None], (new, old), mode="bicubic",
-                         antialias=True)[0, 0]
-
 def _resizer(old, new, channels, device):
-    """-> a function that resizes (N, H, W * channels), from old = (H, W) to new, in [-1, 1]."""
-    down, across = (_bicubic(*axis, device) for axis in zip(old, new))
+    """-> a function that resizes (N, H, W * channels), from old = (H, W) to new, as Pillow does."""
+    down, across = (F.interpolate(torch.eye(o, device=device)[None, None], (n, o), mode="bicubic",
+                                  antialias=True)[0, 0] for o, n in zip(old, new))  # (n, o) each
     across = torch.kron(across, torch.eye(channels, device=device)).T  # channels are interleaved
     def resize(rows):
         rows = down @ rows @ across if new < old else down @ (rows @ across)  # of the least work
@@ -154,9 +150,8 @@ class IResNet(nn.Module):
         outputs = width
         for stage, blocks in enumerate(DEPTHS[depth]):  # 112 -> 56 -> 28 -> 14 -> 7 pixels
             inputs, outputs = outputs, width * 2 ** stage
-            layer = [Block(inputs, outputs, 2)]
-            layer += [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            setattr(self, f"layer{stage + 1}", nn.Sequential(Block(inputs, outputs, 2), *(
+                Block(outputs, outputs, 1) for _ in range(1, blocks))))
         self.bn2 = nn.BatchNorm2d(outputs)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(outputs * 7 * 7, embed_dim)
@@ -318,16 +313,14 @@ class LRFR(nn.Module):
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
-    pull: what the distance moves, "degraded" embeddings alone, or "both", as in the paper.
+    pull_both: the distance moves both embeddings, as in the paper, not the degraded one alone.
     """
-    def __init__(self, backbone, head, maug=None, distance=None, weight=300.0, pull="degraded"):
+    def __init__(self, backbone, head, maug=None, distance=None, weight=300.0, pull_both=False):
         super().__init__()
         if distance is not None and maug is None:
             raise ValueError("a distance between sharp and degraded faces needs an augmentation")
-        if pull not in ("degraded", "both"):
-            raise ValueError(f"pull is 'degraded' or 'both', got '{pull}'")
         self.backbone, self.head, self.maug = backbone, head, maug
-        self.distance, self.weight, self.pull = distance, weight, pull
+        self.distance, self.weight, self.pull_both = distance, weight, pull_both
 
     def forward(self, images, labels):
         """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: value}."""
@@ -345,9 +338,8 @@ class LRFR(nn.Module):
         if self.distance is not None:
             # Of unit embeddings, as in the official code: nothing else about them is ever compared.
             f_hr, f_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
-            if self.pull == "degraded":  # f_hr is the target; moving it costs accuracy (README)
-                f_hr = f_hr.detach()
-            distance = self.distance(f_hr, f_lr)
+            # f_hr is a target that stays: to move it, too, costs accuracy (README).
+            distance = self.distance(f_hr if self.pull_both else f_hr.detach(), f_lr)
             loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts
 

@@ -278,7 +278,8 @@ def build(args):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull)
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight,
+                 args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
