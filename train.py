@@ -466,7 +466,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     keep_memory()
     if args.profile:
-        args.epochs, args.out = 10**6, tempfile.mkdtemp()
+        args.epochs, args.out = args.profile + 5, tempfile.mkdtemp()
     if RANKS > 1:
         if args.device.type == "cuda":
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
