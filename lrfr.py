@@ -10,9 +10,8 @@ loss. `python lrfr.py` checks the analytic gradient of the LogExp loss.
     x_hr, x_lr          sharp, degraded images            (N, 3, 112, 112) RGB in [-1, 1]
     r, MAug             px, MAug                          7, 14 or 20 pixels, one draw per image
     f_hr, f_lr          f_hr, f_lr, their embeddings      (N, D), D = 512
-    d_i = x_i - y_i     difference in one dimension       i = 1..D
     L_LogExp, p         logexp_loss(x, y, p)              Eq. (3) of the paper; Eq. (1) is p = 1
-    lambda              weight                            not given in the paper; official code: 1
+    lambda              weight                            not in the paper; official code: 1
 """
 import math
 
@@ -26,23 +25,22 @@ def to_input(images, device):
     images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
     return images.contiguous(memory_format=torch.channels_last)
 
-def _resizer(old, new, channels, device):
-    """-> a function that resizes (N, H, W * channels), from old = (H, W) to new, as Pillow does."""
+def _matrices(old, new, channels, device):
+    """The linear maps that resize (N, H, W * channels) from old = (H, W) to new as Pillow does: one
+    to multiply from the left, one from the right. Resizing an identity matrix gives them."""
     down, across = (F.interpolate(torch.eye(o, device=device)[None, None], (n, o), mode="bicubic",
                                   antialias=True)[0, 0] for o, n in zip(old, new))  # (n, o) each
-    across = torch.kron(across, torch.eye(channels, device=device)).T  # channels are interleaved
-    def resize(rows):
-        rows = down @ rows @ across if new < old else down @ (rows @ across)  # of the least work
-        return rows.clamp_(-1, 1)  # bicubic overshoots
-    return resize
+    return down, torch.kron(across, torch.eye(channels, device=device)).T  # R, G, B side by side
 
 def degrade(images, px):
     """Bicubic down to `px` rows (antialiased) and back up, as Pillow does it; not in place.
 
     images: (N, 3, H, W) float in [-1, 1]. px: an int, or an integer tensor (N,), one resolution per
-    image; px >= H changes nothing. Returns the same shape, in [-1, 1]. A `px` on the CPU costs a
-    GPU no synchronisation. Raises ValueError where px < 1.
+    image (if on the CPU, no GPU waits for it); px >= H changes nothing. Returns the same shape, in
+    [-1, 1]. ValueError where px < 1. (Pillow also rounds and clips between rows and columns.)
     """
+    if not images.is_floating_point():
+        raise ValueError(f"images are floats in [-1, 1], got {images.dtype}")
     n, channels, height, width = images.shape
     px = torch.as_tensor(px).expand(n)
     rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)  # channels last: a view
@@ -51,19 +49,21 @@ def degrade(images, px):
         if r < 1:
             raise ValueError(f"a resolution is at least 1 pixel, got {r}")
         size, small = (height, width), (r, max(1, round(r * width / height)))
-        steps = [_resizer(size, small, channels, images.device),
-                 _resizer(small, size, channels, images.device)] if r < height else []
+        steps = [_matrices(size, small, channels, images.device),
+                 _matrices(small, size, channels, images.device)] if r < height else []
         chosen = (px == r).nonzero().squeeze(1).to(images.device, non_blocking=True)
-        for part in chosen.split(16):  # so many fit into the cache of a CPU
+        for part in chosen.split(16 if images.device.type == "cpu" else n):  # they fit its cache
             image = rows[part]
             with torch.autocast(images.device.type, enabled=False):
-                for resize in steps:
-                    image = resize(image.float())
+                for down, across in steps:
+                    image = image.float()
+                    image = down @ image @ across if len(down) == r else down @ (image @ across)
+                    image.clamp_(-1, 1)  # bicubic overshoots
             out.permute(0, 2, 3, 1)[part] = image.to(images.dtype).view(-1, height, width, channels)
     return out
 
 def parse_ratio(text):
-    """The text "1:1:2" -> (1.0, 1.0, 2.0); ValueError, with the text, if it is no ratio."""
+    """The text "1:1:2" -> (1.0, 1.0, 2.0); ValueError, with the text, if it is not a ratio."""
     try:
         ratio = tuple(float(part) for part in text.split(":"))
     except ValueError:
@@ -77,7 +77,7 @@ class MAug:
 
     7 px is the paper's extremely hard, 14 its hard, 20 its semi-hard. (The official script draws 7
     and 20 px half of the time each, 14 px never.) Draws come from torch's CPU generator: the same
-    on every device, and a GPU never waits for them. Raises ValueError for a ratio that is none.
+    on every device, and a GPU never waits for them. Raises ValueError for what is not a ratio.
     """
     def __init__(self, resolutions=(7, 14, 20), ratio=(1, 1, 2)):
         if len(resolutions) != len(ratio):
@@ -98,12 +98,11 @@ DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3
           100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}  # blocks in layer1..4; 10 is ours, for CPUs
 
 class _PReLU(torch.autograd.Function):
-    """PReLU on CPUs, where torch's own backward is several times slower in bfloat16."""
+    """PReLU of (N, C, H, W) on CPUs, where torch's own backward in bfloat16 is far slower."""
     @staticmethod
     def forward(ctx, x, slope):
         ctx.save_for_backward(x, slope)
         return F.prelu(x, slope.to(x.dtype))
-
     @staticmethod
     def backward(ctx, grad):
         x, slope = ctx.saved_tensors
@@ -115,7 +114,8 @@ class _PReLU(torch.autograd.Function):
 
 class PReLU(nn.PReLU):
     def forward(self, x):
-        return _PReLU.apply(x, self.weight) if x.device.type == "cpu" else super().forward(x)
+        ours = x.device.type == "cpu" and torch.is_grad_enabled()
+        return _PReLU.apply(x, self.weight) if ours else super().forward(x)
 
 class Block(nn.Module):
     """BN-conv-BN-PReLU-conv-BN plus a shortcut; the stride sits in the second convolution."""
@@ -164,11 +164,11 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 8 width, 7, 7)
         x = self.dropout(self.bn2(x).flatten(1))
-        with torch.autocast(x.device.type, enabled=False):  # a 25,088-term sum overflows float16
-            return self.features(self.fc(x.float()))
+        with torch.autocast(x.device.type, enabled=False):  # float32, as half would round it
+            return self.features(self.fc(x.to(self.fc.weight.dtype)))
 
-OTHER_LAYOUTS = {"features.module.": "MagFace's: BGR input, another batch norm", "input_layer.":
-                 "AdaFace's", "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none"}
+OTHER_LAYOUTS = {"features.module.": "MagFace's", "input_layer.": "AdaFace's",
+                 "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none"}
 
 def load_backbone(path):
     """An IResNet in eval mode, on the CPU, from a checkpoint of train.py or an InsightFace file.
@@ -179,11 +179,10 @@ def load_backbone(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("backbone", state) if isinstance(state, dict) else {}
         state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)
-                 and v.untyped_storage().nbytes() >= v.nbytes}  # no view that claims more memory
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or 'cannot be read'}") from None
-    except Exception:  # of a dozen kinds, for a file that is cut short, or holds code
-        raise ValueError(f"{path}: not a checkpoint, damaged, or more than tensors") from None
+                 and v.untyped_storage().nbytes() >= v.nbytes}  # no view that claims more
+    except Exception as error:  # of a dozen kinds, for a file that is cut short, or holds code
+        reason = getattr(error, "strerror", "") or "not a checkpoint, damaged, or more than tensors"
+        raise ValueError(f"{path}: {reason}") from None
     blocks = tuple(len({name.split(".")[1] for name in state if name.startswith(layer)})
                    for layer in ("layer1.", "layer2.", "layer3.", "layer4."))
     depth = {blocks: depth for depth, blocks in DEPTHS.items()}.get(blocks)
@@ -205,6 +204,8 @@ def embed(backbone, images, flip="sum"):
     flip: what the mirrored image adds. "sum" adds its embedding, as InsightFace does; "concat" puts
     the two unit embeddings side by side, (N, 2D), as the official LRFR code does; "none".
     """
+    if backbone.training:
+        raise ValueError("the backbone is in training mode: call backbone.eval() first")
     embedding = backbone(images)
     if flip == "sum":
         embedding = embedding + backbone(images.flip(3))
@@ -245,7 +246,7 @@ class ArcFace(nn.Module):
 
 # ---- 4. Distances between the two embeddings of a face, x and y, both (N, D) --------------------
 def _difference(x, y):
-    """x - y in float32, or in float64 if they come in it: half precision overflows at e^11."""
+    """x - y in float32, or in float64 if they come in it: float16 ends at 65504, about e^11."""
     if x.shape != y.shape:
         raise ValueError(f"embeddings differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     return x - y if x.dtype == torch.float64 else x.float() - y.float()
@@ -253,8 +254,8 @@ def _difference(x, y):
 def _logexp_terms(x, y, p):
     """d, a = |d|^p, a shift m, and S with 1 + S = e^{-m} (1 + sum_i (e^{a_i} - 1)), in float32.
 
-    float32 overflows at e^89, hence the shift m = max(0, max_i a_i - 60), which is 0 and changes
-    nothing wherever it can; and it loses e^a - 1 where a is tiny, hence expm1 and log1p throughout.
+    float32 overflows at e^89, hence the shift m = max(0, max_i a_i - 60), 0 for all that are not
+    huge; and it loses e^a - 1 where a is tiny, hence expm1 and log1p throughout.
     """
     if not p >= 1:
         raise ValueError(f"p is at least 1 (below, the gradient at d = 0 is infinite), got {p}")
@@ -267,7 +268,7 @@ def _logexp_terms(x, y, p):
 def logexp_loss(x, y, p=1.0):
     """Eq. (3): 1/(pD) log(1 + sum_i (e^{|x_i - y_i|^p} - 1)), averaged over the batch.
 
-    x, y: (N, D) embeddings. Returns a scalar in float32, exact from |d| = 1e-6 to |d|^p = 600.
+    x, y: (N, D) embeddings. Returns a float32 scalar, exact for |x - y| from 1e-6 to |.|^p = 600.
     (The official code takes one log over the whole batch and does not divide by D.)
     """
     d, _, m, total = _logexp_terms(x, y, p)
@@ -282,11 +283,11 @@ def logexp_grad(x, y, p=1.0):
     return d.sign() * d.abs().pow(p - 1) * torch.exp(a - m) / (1 + total) / d.numel()
 
 def l1_loss(x, y):
-    """Mean over the batch and the dimensions of |x_i - y_i|."""
+    """Mean over the batch and the dimensions of |x_i - y_i|; a float32 scalar."""
     return _difference(x, y).abs().mean()
 
 def l2_loss(x, y):
-    """Mean over the batch and the dimensions of (x_i - y_i)^2."""
+    """Mean over the batch and the dimensions of (x_i - y_i)^2; a float32 scalar."""
     return _difference(x, y).square().mean()
 
 def check_gradient(p=1.0):
@@ -309,21 +310,20 @@ def random_flip(images):
 class LRFR(nn.Module):
     """One backbone and one head that see every face twice: the total loss of the paper.
 
-    L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(f_hr, f_lr)
+    L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(u_hr, u_lr), u = f / |f|
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
-    distance: logexp_loss or another function of two (N, D) embeddings, or None; weight: lambda.
+    distance: logexp_loss or another function of two (N, D) unit embeddings, or None. weight:
+    lambda; 300 suits LogExp, 16 does l1_loss and 180 l2_loss (as strong at a cosine of 0.5).
     pull_both: the distance moves both embeddings, as in the paper, not the degraded one alone.
     """
     def __init__(self, backbone, head, maug=None, distance=None, weight=300.0, pull_both=False):
         super().__init__()
-        if distance is not None and maug is None:
-            raise ValueError("a distance between sharp and degraded faces needs an augmentation")
         self.backbone, self.head, self.maug = backbone, head, maug
         self.distance, self.weight, self.pull_both = distance, weight, pull_both
 
     def forward(self, images, labels):
-        """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: value}."""
+        """images (N, 3, 112, 112) in [-1, 1], labels (N,) -> loss, {part of it: detached value}."""
         sharp = random_flip(images)
         if self.maug is None:
             loss = F.cross_entropy(self.head(self.backbone(sharp), labels), labels)
@@ -337,9 +337,9 @@ class LRFR(nn.Module):
         loss, parts = (ce_hr + ce_lr) / 2, {"sharp": ce_hr.detach(), "degraded": ce_lr.detach()}
         if self.distance is not None:
             # Of unit embeddings, as in the official code: nothing else about them is ever compared.
-            f_hr, f_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
-            # f_hr is a target that stays: to move it, too, costs accuracy (README).
-            distance = self.distance(f_hr if self.pull_both else f_hr.detach(), f_lr)
+            u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
+            # u_hr is a target that stays: moved, too, it lost accuracy at this weight.
+            distance = self.distance(u_hr if self.pull_both else u_hr.detach(), u_lr)
             loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts
 

@@ -123,8 +123,13 @@ def test_degrade_keeps_shape_and_type():
         assert out.shape == images.shape and out.dtype == dtype
     flat = torch.full((1, 3, 48, 32), 0.25)
     assert torch.allclose(degrade(flat, 7), flat, atol=1e-6)
+    narrow = degrade(flat.contiguous(memory_format=torch.channels_last), 7)
+    assert narrow.is_contiguous(memory_format=torch.channels_last)
+    assert degrade(flat, 7).is_contiguous()
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
         degrade(flat, 0)
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
+        degrade(flat.byte(), 7)
 
 
 def test_ratio():
@@ -282,6 +287,21 @@ def test_embed_gives_unit_vectors_for_every_flip():
         assert not out.requires_grad and out.shape == (3, 32 if flip == "concat" else 16)
     with pytest.raises(ValueError, match="'mirror'"):
         embed(backbone, images, "mirror")
+    with pytest.raises(ValueError, match=r"training mode: call backbone.eval\(\) first"):
+        embed(backbone.train(), images)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch would rather have one export it
+def test_a_backbone_can_be_traced_and_cast():
+    backbone, images = IResNet(10, 16, 16).eval(), torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        expected = backbone(images)
+        traced = torch.jit.trace(backbone, images)
+        assert torch.allclose(traced(images), expected, atol=1e-5)
+        assert traced.save_to_buffer()
+        cast = backbone.bfloat16()(images.bfloat16())
+    assert cast.dtype == torch.bfloat16
+    assert F.cosine_similarity(cast.float(), expected).min() > 0.98
 
 
 # ---- 3. Classifier ------------------------------------------------------------------------------
@@ -488,8 +508,6 @@ def test_baseline_sees_sharp_faces_only():
     assert list(parts) == ["sharp"]
     expected = F.cross_entropy(head(backbone(sharp), labels), labels)
     assert loss.item() == pytest.approx(expected.item())
-    with pytest.raises(ValueError, match="needs an augmentation"):
-        LRFR(backbone, head, None, logexp_loss)
 
 
 def test_flips_of_the_two_resolutions_are_independent():
@@ -956,6 +974,11 @@ def test_spread_is_the_principal_components():
 # ---- 7. Training --------------------------------------------------------------------------------
 
 
+def test_faces_can_be_sent_to_a_worker_that_is_not_forked(drawn, folder):
+    for faces in (drawn, train.open_data(str(folder), 0)[0]):
+        assert torch.equal(pickle.loads(pickle.dumps(faces))[1][0], faces[1][0])
+
+
 def test_drawn_faces_are_people(drawn):
     again = train.demo_faces(8, 4, seed=5)
     assert [*again.sources] == [*drawn.sources] and drawn.classes == 8 and len(drawn) == 32
@@ -1317,6 +1340,18 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     text = evaluate.run(lambda: evaluate.write_file(path, b"new", tmp_path / "previous.pt"))
     assert text == f"error: {path}: No space left on device"
     assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_run_goes_on_in_float16_and_back(folder, tmp_path):
+    """The scaler's state is in the checkpoint where there is one, and is not missed where not."""
+    options = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
+    scales = []
+    for epochs, amp in ((1, "off"), (2, "fp16"), (3, "bf16")):
+        train.main([*options, "--epochs", str(epochs), "--amp", amp])
+        state = weights_of(tmp_path / "run")
+        scales.append(state["scaler"].get("scale"))
+        assert all(value.isfinite().all() for value in state["backbone"].values())
+    assert scales[0] is scales[2] is None and scales[1] > 1
 
 
 def torchrun(*arguments):

@@ -46,10 +46,9 @@ class Faces(Dataset):
     """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "".
 
     In place of an image that cannot be read comes the next that can, and "" tells what was wrong.
-    read: one of `sources` -> a path, or the bytes of an image file.
+    read: one of `sources` -> a path, or the bytes of an image file; None if they are that.
     """
-
-    def __init__(self, name, sources, labels, read=lambda source: source):
+    def __init__(self, name, sources, labels, read=None):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
         self.classes = int(self.labels.max(initial=-1)) + 1
 
@@ -61,7 +60,8 @@ class Faces(Dataset):
         for j in range(i, i + 100):
             try:
                 j %= len(self)
-                image = read_image(self.read(self.sources[j]), f"{self.name}, image {j}")
+                source = self.read(self.sources[j]) if self.read else self.sources[j]
+                image = read_image(source, f"{self.name}, image {j}")
                 return image, int(self.labels[j]), "\n".join(errors)
             except ValueError as error:
                 errors.append(str(error))
@@ -224,7 +224,7 @@ def save_faces(path, faces, resolutions):
 # ---- 2. Training --------------------------------------------------------------------------------
 DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
         "lr": 0.1}
-WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # equally strong on unit embeddings of faces
+WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(
@@ -348,13 +348,13 @@ def train(args):
     args.images, args.classes = len(faces), faces.classes
     model, optimiser, scaler = build(args)
     per_epoch = len(faces) // args.batch_size
-    if not per_epoch or args.batch_size < 2 * RANKS:
+    if not per_epoch or args.batch_size < 2 * RANKS or args.batch_size % RANKS:
         raise ValueError(f"--batch-size {args.batch_size}, but there are {len(faces)} images, and "
-                         f"processes, each of which takes two or more: {RANKS}")
+                         f"processes, each of which takes as many, two or more: {RANKS}")
     each_epoch, at_the_end = [read_bin(path) for path in bins], []
     whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])
     if len(whole):
-        files = [*map(whole.read, whole.sources)]
+        files = [*map(whole.read, whole.sources)] if whole.read else [*whole.sources]
         at_the_end = [make_pairs("held-out identities", files, whole.labels)]
     parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
              "scaler": scaler}
@@ -362,7 +362,9 @@ def train(args):
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
     try:
-        [parts[key].load_state_dict(found[0][key]) for key in parts.keys() & found[0].keys()]
+        for key, part in parts.items():
+            if found[0].get(key):  # the scaler has a state in float16 alone
+                part.load_state_dict(found[0][key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
     begin, steps = found.pop()["step"], per_epoch * args.epochs
@@ -438,7 +440,7 @@ def train(args):
         sums = torch.cat([sums / since, sums.new_tensor([len(STOP_SIGNALS)])]) / RANKS
         if RANKS > 1:
             distributed.all_reduce(sums)
-        mean, *means, stop = sums.tolist()  # the only place that waits for the device
+        mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              f"lower --lr. The last good checkpoint: {last}")
@@ -463,14 +465,15 @@ def train(args):
     return model
 
 def main(argv=None):
+    if RANKS > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = parse_arguments(argv)
     keep_memory()
     if args.profile:
         args.epochs, args.out = args.profile + 5, tempfile.mkdtemp()
     if RANKS > 1:
         if args.device.type == "cuda":
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(args.device)
+            args.device = torch.device("cuda", torch.cuda.current_device())
         distributed.init_process_group(timeout=timedelta(hours=3))  # rank 0 evaluates alone
     return train(args)
 

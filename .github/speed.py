@@ -98,8 +98,8 @@ def decode(folder):
     faces = (train.record_file(folder) if packed else
              train.Faces(folder, *evaluate.image_folder(folder)))
     count = min(3000, len(faces))
-    sources = [faces.read(source) for source in faces.sources[:count]]
-    sources = [*map(io.BytesIO, sources)] if packed else sources
+    sources = faces.sources[:count]
+    sources = [io.BytesIO(faces.read(source)) for source in sources] if packed else sources
     theirs = seconds(lambda: [np.asarray(Image.open(s).convert("RGB")) for s in sources])
     ours = seconds(lambda: [faces[i] for i in range(count)])
     print(f"{count} images: Pillow {count / theirs:.0f} a second, ours {count / ours:.0f}, "
