@@ -51,7 +51,7 @@ def read_image(source, name=None):
             image.load()  # convert makes a copy, even of RGB
             image = image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # an address
         raise ValueError(f"{name}: not a readable image ({reason})") from None
     if image.size != (SIZE, SIZE):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
@@ -284,6 +284,8 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batc
             images = to_input(torch.stack(images), device)
             for px, key in itertools.product(resolutions, backbones):
                 embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
+                if not embeddings.isfinite().all():
+                    raise ValueError(f"{key}: its embeddings are not finite numbers")
                 out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
                 out[key, px][part] = embeddings
             done, now = i + len(images), time.time()
@@ -381,11 +383,16 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
     || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||, over all parameters w of the
     backbone in eval mode, with the checkpoint's own head, and `count` images x_i spread evenly
     over `root`: the image folder that it was trained on."""
-    state, (sources, labels) = torch.load(path, "cpu", weights_only=True), image_folder(root)
-    if "head" not in state or labels.max(initial=-1) + 1 < len(state["head"]["weight"]):
-        raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}")
-    head = ArcFace(*state["head"]["weight"].shape, state["args"]["scale"], state["args"]["margin"])
-    head.load_state_dict(state["head"])
+    (sources, labels), state = image_folder(root), torch.load(path, "cpu", weights_only=True)
+    try:
+        shape, args = state["head"]["weight"].shape, state["args"]
+        head = ArcFace(*shape, float(args["scale"]), float(args["margin"]))
+        head.load_state_dict(state["head"])
+        if labels.max(initial=-1) + 1 < shape[0] or shape[1] != backbone.fc.out_features:
+            raise ValueError
+    except Exception:  # of several kinds, for a checkpoint that another program made
+        raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
+                         ) from None
     known = np.flatnonzero(labels < len(head.weight))  # those held out come last
     known = known[np.linspace(0, len(known) - 1, count).astype(int)]
     images = to_input(torch.stack([read_image(source) for source in sources[known]]), device)
@@ -505,18 +512,30 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
-    sets = [read(path, *[args.scface_subjects] * (read is read_scface)) for option, (read, _) in
-            SETS.items() for path in vars(args)[option[2:]]]
+    sets = []
+    for read, path in ((read, path) for option, (read, _) in SETS.items()
+                       for path in dict.fromkeys(vars(args)[option[2:]])):
+        os.stat(path)  # an error, if there is none
+        sets.append(read(path, *[args.scface_subjects] * (read is read_scface)))
+        if sets[-1].name in [data.name for data in sets[:-1]]:
+            sets[-1].name += f" of {path}"
     if not sets and not args.study and len(args.match or []) < 2:
         parser.error(f"nothing to do: give {', '.join(SETS)}, --study or --match A B")
     for path in filter(None, (args.json, args.plots and os.path.join(args.plots, "x"))):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    open(args.json or os.devnull, "ab").close()  # fails now, not after hours
     keep_memory()
     rows, plots, backbones = [], defaultdict(dict), {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
     options = args.device, args.amp, args.flip, args.batch_size
     for name in backbones if args.study else ():
         plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
+        rows.append({"checkpoint": name, "gradient_norms": plots["gradient"][name]})
+        print(f"{name}: norm of the classification gradient",
+              ", ".join(f"{norm:.3g} at {px} px" for px, norm in plots["gradient"][name]))
+    def write_rows():  # after each set, so that little is lost
+        if args.json:
+            write_file(args.json, json.dumps(rows).encode())
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
@@ -525,12 +544,12 @@ def main(argv=None):
             cosine = float(embeddings[name, SIZE][i] @ embeddings[name, SIZE][j])
             rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
             print(f"{cosine:7.3f}  {a}  {b}  {name}")
+    write_rows()
     for data in sets:
-        rows += (new := evaluate(backbones, data, STUDY if args.study else args.resolutions,
-                                 *options, plots))
+        resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
+        rows += (new := evaluate(backbones, data, resolutions, *options, plots))
         print(table(new), flush=True)
-    if args.json:
-        write_file(args.json, json.dumps(rows).encode())
+        write_rows()
     for name, curves in {**plots, "distances": slopes()}.items() if args.plots else ():
         draw(args.plots, name, curves)
 

@@ -179,7 +179,7 @@ def load_backbone(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("backbone", state) if isinstance(state, dict) else {}
         state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)
-                 and v.untyped_storage().nbytes() >= v.nbytes}  # no view that claims more
+                 and not v.is_complex() and v.untyped_storage().nbytes() >= v.nbytes}  # no views
     except Exception as error:  # of a dozen kinds, for a file that is cut short, or holds code
         reason = getattr(error, "strerror", "") or "not a checkpoint, damaged, or more than tensors"
         raise ValueError(f"{path}: {reason}") from None

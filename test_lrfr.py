@@ -821,6 +821,8 @@ def test_plots_show_what_was_measured(trained, lfw, folder, tmp_path):
     for path in (tmp_path / "new" / "plots").glob("*.png"):
         assert Image.open(path).size == (960, 720)
     name = str(trained[0] / "last.pt")
+    norms = rows.pop(0)
+    assert norms["gradient_norms"] == plots["gradient"][norms["checkpoint"]]
     assert [row["px"] for row in rows] == evaluate.STUDY
     for way in ("both", "cross"):
         assert plots[f"LFW-{way}"][name] == [[r["px"], r[f"{way}_accuracy"]] for r in rows]
@@ -828,6 +830,15 @@ def test_plots_show_what_was_measured(trained, lfw, folder, tmp_path):
     assert plots["LFW-ROC"][f"{name}, 112 px"][0] == [1e-3, rows[-1]["cross_tar"]]
     ((_, errors),) = plots["LFW-errors"].items()
     assert 0.99 < sum(y for _, y in errors) / 15 <= 1.001  # a density
+
+
+def test_sets_of_one_name_are_told_apart(trained, lfw, tmp_path):
+    shutil.copytree(lfw, tmp_path / "other")
+    sets = ["--lfw", str(lfw), str(lfw), str(tmp_path / "other")]
+    evaluate.main([str(trained[0] / "last.pt"), *sets, "--resolutions", "7", "7", "--json",
+                   str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["set"] for row in rows] == ["LFW", f"LFW of {tmp_path / 'other'}"]
 
 
 def test_plots_without_matplotlib(trained, lfw, monkeypatch, capsys):
@@ -1063,6 +1074,15 @@ def test_records_of_im2rec(drawn, tmp_path):
     assert [faces.read(offset) for offset in faces.sources] == [*drawn.sources[:4]]
 
 
+def test_an_index_that_is_cut_short_at_a_line(drawn, tmp_path):
+    insightface(tmp_path, list(drawn.sources), drawn.labels.tolist())
+    lines = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
+    for kept in (20, len(lines) - 1):
+        (tmp_path / "train.idx").write_text("".join(lines[:kept]))
+        with pytest.raises(ValueError, match=r"train.idx: cut short: .*train.rec goes on behind"):
+            train.record_file(tmp_path)
+
+
 def test_records_of_more_images_than_float32_can_count(drawn, tmp_path, monkeypatch):
     """Above 2^24 record 0 and the identities are off by one or two: labels come from the images."""
     n, start = 6, 2**24 + 3
@@ -1104,7 +1124,7 @@ def test_damaged_records(drawn, tmp_path):
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99"]))
     broken("not lines of a key", lambda rec, idx: (rec, []))
     broken("no record at byte 0", lambda rec, idx: (b"\0\0" + rec[2:], idx))
-    broken("no record", lambda rec, idx: (rec, [*idx[:-1], idx[-1][:-1]]))
+    broken("cut short", lambda rec, idx: (rec, [*idx[:-1], idx[-1][:-1]]))
     insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
     rec = tmp_path / "rec" / "train.rec"
     faces = train.record_file(tmp_path / "rec")
@@ -1282,6 +1302,7 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
         if n < 2:
             train.main(again)
             assert "last.pt is damaged: passed over" in capsys.readouterr().out
+            assert torch.load(tmp_path / str(n) / "last.pt.damaged")["optimiser"]  # nothing is lost
         else:
             with pytest.raises(ValueError, match=f"{n}: its checkpoint does not fit this model"):
                 train.main(again)
@@ -1481,6 +1502,10 @@ BAD_COMMANDS = [
     ("evaluate.py {run} --lfw {lfw} --json {run}/x.json", 1, r"last.pt: (File exists|Not a dir)"),
     ("evaluate.py {run} --study {empty}", 1, r"last.pt holds no classifier, or not of the ident"),
     ("evaluate.py {run} --study nowhere", 1, r"nowhere: No such file"),
+    ("evaluate.py {run} --scface nowhere", 1, r"nowhere: No such file"),
+    ("evaluate.py {run} --lfw {lfw} --json {lfw}", 1, r"lfw0: Is a directory"),
+    ("evaluate.py {nan} --lfw {lfw}", 1, r"nan.pt: its embeddings are not finite numbers"),
+    ("evaluate.py {nan} --study {folder}", 1, r"nan.pt holds no classifier"),
     ("evaluate.py {bare} --study {folder}", 1, r"bare.pt holds no classifier"),
     ("evaluate.py {run} --lfw {lfw} --flip up", 2, r"invalid choice: 'up'"),
 ]
@@ -1491,9 +1516,13 @@ def test_bad_command_lines(command, status, message, folder, lfw, trained, tmp_p
                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    torch.save(load_backbone(trained[0] / "last.pt").state_dict(), tmp_path / "bare.pt")
+    state = load_backbone(trained[0] / "last.pt").state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save({"backbone": {**state, "fc.bias": state["fc.bias"] * math.nan}, "head": 5},
+               tmp_path / "nan.pt")
     script, *arguments = command.format(folder=folder, lfw=lfw, run=trained[0] / "last.pt",
-                                        empty=tmp_path / "empty", bare=tmp_path / "bare.pt").split()
+                                        empty=tmp_path / "empty", bare=tmp_path / "bare.pt",
+                                        nan=tmp_path / "nan.pt").split()
     main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
     with pytest.raises(SystemExit) as stopped:
         sys.exit(evaluate.run(partial(main, arguments)))

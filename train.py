@@ -112,6 +112,9 @@ def record_file(root):
             raise ValueError(f"{len(keys)} records, at {offsets[:2]} to {offsets[-1:]}")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
+    last, size = np.fromfile(path, "<u4", 2, offset=offsets.max()), os.path.getsize(path)
+    if len(last) == 2 and last[0] == MAGIC and last[1] < min(2**29, size - offsets.max() - 15):
+        raise ValueError(f"{index}: cut short: {path} goes on behind its last record")
     start = 0 if read_labels(path, offsets[:1])[1][0] else 1
     end = bisect_left(range(len(keys)), True, start,  # the first record behind the images
                       key=lambda i: not read_labels(path, offsets[i:i + 1])[1][0])
@@ -293,15 +296,19 @@ def newest_checkpoint(args):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
             step, old = int(state["step"]), dict(state["args"])
+            _ = state["backbone"], state["head"], state["optimiser"]  # they are there
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError:
+            raise
         except Exception:  # torch raises a dozen kinds for a damaged file
-            say(f"{path} is damaged: passed over")
+            os.replace(path, f"{path}.damaged")
+            say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
             continue
-        for key in vars(args).keys() - free:
-            if old.get(key) != vars(args)[key]:
-                raise ValueError(f"{path} was made with {key} {old.get(key)}, not "
-                                 f"{vars(args)[key]}: give the same, or another --out")
+        for key, value in vars(args).items():
+            if key not in free and old.get(key) != value:
+                raise ValueError(f"{path} was made with {key} {old.get(key)}, not {value}: give "
+                                 "the same, or another --out")
         say(f"going on from step {step:,} of {path}")
         return state
     return {"step": 0}
@@ -362,9 +369,9 @@ def train(args):
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
     try:
-        for key, part in parts.items():
-            if found[0].get(key):  # the scaler has a state in float16 alone
-                part.load_state_dict(found[0][key])
+        for key in parts.keys() & found[0].keys():
+            if key != "scaler" or found[0][key]:  # it has a state in float16 alone
+                parts[key].load_state_dict(found[0][key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
     begin, steps = found.pop()["step"], per_epoch * args.epochs
@@ -373,7 +380,9 @@ def train(args):
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
                         worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions) if RANK == 0 else None
+    if RANK == 0:
+        os.makedirs(args.out, exist_ok=True)
+        save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
@@ -435,7 +444,8 @@ def train(args):
                                 precision(args.device, args.amp) or torch.float32)
         since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
         epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
-        if not (since == 20 or epoch_ends or save_now or (STOP_SIGNALS and RANKS == 1)):
+        if args.profile or not (since == 20 or epoch_ends or save_now or
+                                (STOP_SIGNALS and RANKS == 1)):
             continue
         sums = torch.cat([sums / since, sums.new_tensor([len(STOP_SIGNALS)])]) / RANKS
         if RANKS > 1:
@@ -443,7 +453,8 @@ def train(args):
         mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
-                             f"lower --lr. The last good checkpoint: {last}")
+                             "lower --lr, in a new --out. The last good checkpoint: "
+                             f"{last if os.path.exists(last) else 'none yet'}")
         values = dict(zip(values, means))
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         rate, epoch = since / (time.time() - logged), (step - 1) // per_epoch + 1
@@ -469,13 +480,14 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = parse_arguments(argv)
     keep_memory()
-    if args.profile:
-        args.epochs, args.out = args.profile + 5, tempfile.mkdtemp()
     if RANKS > 1:
         if args.device.type == "cuda":
             args.device = torch.device("cuda", torch.cuda.current_device())
         distributed.init_process_group(timeout=timedelta(hours=3))  # rank 0 evaluates alone
-    return train(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.profile:
+            args.epochs, args.out = args.profile + 5, scratch
+        return train(args)
 
 if __name__ == "__main__":
     sys.exit(run(main))

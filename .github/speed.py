@@ -75,7 +75,10 @@ def pillow(image, px):  # as data sets elsewhere do it, image by image
 
 
 def files(folder, count):
-    return sorted(glob.glob(os.path.join(folder, "*", "*.jpg")))[:count]
+    found = sorted(glob.glob(os.path.join(folder, "*", "*.jpg")))[:count]
+    if not found:
+        raise ValueError(f"{folder}: no images as identity/image.jpg")
+    return found
 
 
 def maug(folder):
@@ -120,4 +123,7 @@ def embed(folder, depth, width=64):
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    commands = {"step": step, "head": head, "maug": maug, "decode": decode, "embed": embed}
+    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+        raise SystemExit(__doc__)
+    sys.exit(evaluate.run(partial(commands[sys.argv[1]], *sys.argv[2:])))
