@@ -9,7 +9,7 @@ loss. `python lrfr.py` checks the analytic gradient of the LogExp loss.
     paper               here                              shape, range
     x_hr, x_lr          sharp, degraded images            (N, 3, 112, 112) RGB in [-1, 1]
     r, MAug             px, MAug                          7, 14 or 20 pixels, one draw per image
-    f_hr, f_lr          f_hr, f_lr, their embeddings      (N, D), D = 512
+    f_hr, f_lr          embeddings, the two in a row      (2N, D), D = 512
     L_LogExp, p         logexp_loss(x, y, p)              Eq. (3) of the paper; Eq. (1) is p = 1
     lambda              weight                            not in the paper; official code: 1
 """
