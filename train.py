@@ -119,8 +119,9 @@ def record_file(root):
     end = bisect_left(range(len(keys)), True, start,  # the first record behind the images
                       key=lambda i: not read_labels(path, offsets[i:i + 1])[1][0])
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
-    if len(firsts) and keys[-1] < 2**24 and firsts[0] == start and (np.diff(firsts) > 0).all():
-        labels = read_labels(path, offsets[firsts])[0].repeat(np.diff(firsts, append=end))
+    counts = np.diff(firsts, append=end)  # images of each
+    if len(firsts) and keys[-1] < 2**24 and firsts[0] == start and (counts > 0).all():
+        labels = read_labels(path, offsets[firsts])[0].repeat(counts)
     else:  # im2rec's, or keys that float32 cannot hold
         labels = read_labels(path, offsets[start:end])[0]
     if not len(labels) or not ((labels >= 0) & (labels < len(labels)) & (labels % 1 == 0)).all():
