@@ -32,6 +32,7 @@ from torchvision.datasets import ImageFolder
 from lrfr import ArcFace, degrade, embed, load_backbone, logexp_grad, to_input
 
 SIZE = 112  # height and width of an aligned face
+BATCH = 64  # images at a time
 RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
 MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 50_000_000, None  # more may be a bomb; Pillow only warns
 
@@ -273,13 +274,13 @@ def autocast(device, amp):
     """Autocast round a backbone, to its precision."""
     return torch.autocast(device.type, dtype := precision(device, amp), enabled=dtype is not None)
 
-def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batch_size):
+def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
     """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
     out, start = {}, time.time()
     names, shown = [f"{name}, image {i}" for i in range(len(sources))], start
     with ThreadPoolExecutor(4) as pool, autocast(device, amp):
-        for i in range(0, len(sources), batch_size):
-            part = slice(i, i + batch_size)
+        for i in range(0, len(sources), BATCH):
+            part = slice(i, i + BATCH)
             images = [*pool.map(read_image, sources[part], names[part])]
             images = to_input(torch.stack(images), device)
             for px, key in itertools.product(resolutions, backbones):
@@ -296,7 +297,7 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip, batc
                       flush=True)
     return out
 
-def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=64, plots=None):
+def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
     """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
     degraded to each of `resolutions`, a benchmark without pairs is taken as it is.
 
@@ -305,7 +306,7 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", batch_size=6
     resolutions, rows = resolutions if data.pairs else [SIZE], []
     plots, ends = defaultdict(dict) if plots is None else plots, (resolutions[0], resolutions[-1])
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
-                               device, amp, flip, batch_size)
+                               device, amp, flip)
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
         row = {"set": data.name, "checkpoint": name, "px": px, "flip": flip}
@@ -507,7 +508,6 @@ def main(argv=None):
     add("--flip", choices=["sum", "concat", "none"], default="sum", help="test of mirrored images")
     add("--json", metavar="FILE", help="write the results here too")
     add("--plots", metavar="DIR", help="draw them here; needs matplotlib")
-    add("--batch-size", type=number(int, 1), default=64, help="images at a time")
     add_device_options(parser)
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
@@ -527,7 +527,7 @@ def main(argv=None):
     keep_memory()
     rows, plots, backbones = [], defaultdict(dict), {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
-    options = args.device, args.amp, args.flip, args.batch_size
+    options = args.device, args.amp, args.flip
     for name in backbones if args.study else ():
         plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
         rows.append({"checkpoint": name, "gradient_norms": plots["gradient"][name]})

@@ -46,9 +46,9 @@ class Faces(Dataset):
     """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "".
 
     In place of an image that cannot be read comes the next that can, and "" tells what was wrong.
-    read: one of `sources` -> a path, or the bytes of an image file; None if they are that.
+    read: one of `sources` -> a path, or the bytes of an image file; as they are, if left out.
     """
-    def __init__(self, name, sources, labels, read=None):
+    def __init__(self, name, sources, labels, read=os.fspath):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
         self.classes = int(self.labels.max(initial=-1)) + 1
 
@@ -60,8 +60,7 @@ class Faces(Dataset):
         for j in range(i, i + 100):
             try:
                 j %= len(self)
-                source = self.read(self.sources[j]) if self.read else self.sources[j]
-                image = read_image(source, f"{self.name}, image {j}")
+                image = read_image(self.read(self.sources[j]), f"{self.name}, image {j}")
                 return image, int(self.labels[j]), "\n".join(errors)
             except ValueError as error:
                 errors.append(str(error))
@@ -250,7 +249,6 @@ def parse_arguments(argv):
     add("--epochs", 20, "passes over the data", number(int, 1))
     add("--batch-size", 128, "faces per step, over all processes", number(int, 2))
     add("--lr", 0.02, "highest learning rate", number(float, 0))
-    add("--weight-decay", 5e-4, "of all parameters", number(float, 0))
     add("--jitter", 0.0, "strength of random crops and light", number(float, 0, 5))
     add("--init", None, "checkpoint, or InsightFace weights, to begin with", metavar="FILE")
     add("--holdout", None, "identities for the final table; None: 5 %%, up to 100", number(int, 0))
@@ -286,20 +284,18 @@ def build(args):
                  args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=args.weight_decay)
+                                weight_decay=5e-4)
     fp16 = precision(args.device, args.amp) == torch.float16
     return model, optimiser, torch.amp.GradScaler(args.device.type, enabled=fp16)
 
 def newest_checkpoint(args):
     """The newest whole checkpoint of the run, which must agree with its arguments, or step 0."""
     free = {"epochs", "out", "workers", "device", "amp", "save_every"}
-    for path in (os.path.join(args.out, name) for name in ("last.pt", "previous.pt")):
+    paths = [os.path.join(args.out, name) for name in ("last.pt", "previous.pt")]
+    for path in filter(os.path.exists, paths):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
             step, old = int(state["step"]), dict(state["args"])
-            _ = state["backbone"], state["head"], state["optimiser"]  # they are there
-        except (FileNotFoundError, NotADirectoryError):
-            continue
         except OSError:
             raise
         except Exception:  # torch raises a dozen kinds for a damaged file
@@ -362,20 +358,21 @@ def train(args):
     each_epoch, at_the_end = [read_bin(path) for path in bins], []
     whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])
     if len(whole):
-        files = [*map(whole.read, whole.sources)] if whole.read else [*whole.sources]
+        files = [*map(whole.read, whole.sources)]
         at_the_end = [make_pairs("held-out identities", files, whole.labels)]
     parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
              "scaler": scaler}
-    found = [newest_checkpoint(args) if RANK == 0 else None]
+    found = [newest_checkpoint(args) if RANK == 0 else None]  # a step, and the states of the parts
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
+    state = found.pop()
     try:
-        for key in parts.keys() & found[0].keys():
-            if key != "scaler" or found[0][key]:  # it has a state in float16 alone
-                parts[key].load_state_dict(found[0][key])
+        for key, part in parts.items() if state["step"] else ():
+            if key != "scaler" or state[key]:  # it has a state in float16 alone
+                part.load_state_dict(state[key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
-    begin, steps = found.pop()["step"], per_epoch * args.epochs
+    begin, steps = state["step"], per_epoch * args.epochs
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,

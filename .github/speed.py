@@ -117,7 +117,7 @@ def embed(folder, depth, width=64):
                               for px in evaluate.RESOLUTIONS])
     backbone.to(memory_format=torch.channels_last)
     ours = seconds(lambda: evaluate.embed_sources({"": backbone}, "", paths, evaluate.RESOLUTIONS,
-                                                  cpu, "auto", "sum", 64))
+                                                  cpu, "auto", "sum"))
     print(f"{len(paths)} images at four resolutions: float32 one at a time {theirs:.2f} s, "
           f"ours {ours:.2f}: {theirs / ours:.1f} times as fast")
 
