@@ -52,7 +52,7 @@ def read_image(source, name=None):
             image.load()  # convert makes a copy, even of RGB
             image = image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # an address
+        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # no address
         raise ValueError(f"{name}: not a readable image ({reason})") from None
     if image.size != (SIZE, SIZE):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
