@@ -34,12 +34,13 @@ from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate,
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
                   logexp_loss, parse_ratio, to_input)
 
-RANK, RANKS = (int(os.environ.get(key, low)) for key, low in (("RANK", "0"), ("WORLD_SIZE", "1")))
-STOP_SIGNALS = []  # those that have come in
+RANK = int(os.environ.get("RANK", "0"))  # this one among torchrun's processes
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 MAGIC = 0xced7230a  # the first four bytes of each record of a RecordIO file
 
 def say(text):
-    print(text, flush=True) if RANK == 0 else None  # the first of torchrun's processes, or the only
+    if RANK == 0:
+        print(text, flush=True)
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
@@ -264,9 +265,10 @@ def parse_arguments(argv):
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
     args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
-    name = [os.path.basename(os.path.normpath(args.data)), args.backbone, args.maug, args.loss,
-            *[f"p{args.p:g}"] * (args.loss == "logexp"), f"seed{args.seed}"]
-    args.out = args.out or os.path.join("runs", "-".join(name).replace(":", "_"))
+    data = os.path.basename(os.path.normpath(args.data))
+    loss = f"logexp-p{args.p:g}" if args.loss == "logexp" else args.loss
+    name = f"{data}-{args.backbone}-{args.maug}-{loss}-seed{args.seed}"
+    args.out = args.out or os.path.join("runs", name.replace(":", "_"))
     return args
 
 def learning_rate(step, steps, peak):
@@ -405,7 +407,8 @@ def train(args):
 
     report(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
            f"the run goes to {args.out}", args=arguments, begin=begin)
-    handlers = {name: signal.signal(name, lambda name, _: STOP_SIGNALS.append(name))
+    stops = []  # signals that have come in
+    handlers = {name: signal.signal(name, lambda name, _: stops.append(name))
                 for name in (signal.SIGINT, signal.SIGTERM)}
     lap = stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
@@ -443,9 +446,9 @@ def train(args):
         since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
         epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
         if args.profile or not (since == 20 or epoch_ends or save_now or
-                                (STOP_SIGNALS and RANKS == 1)):
+                                (stops and RANKS == 1)):
             continue
-        sums = torch.cat([sums / since, sums.new_tensor([len(STOP_SIGNALS)])]) / RANKS
+        sums = torch.cat([sums / since, sums.new_tensor([len(stops)])]) / RANKS
         if RANKS > 1:
             distributed.all_reduce(sums)
         mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
@@ -466,9 +469,10 @@ def train(args):
             test(each_epoch, step)
         if stop and step < steps:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
-            raise SystemExit(128 + (STOP_SIGNALS or [signal.SIGTERM])[0])
+            raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         since, sums, logged = 0, 0, time.time()
-    [signal.signal(*before) for before in handlers.items()]
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
     test(at_the_end, steps)
     say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
     return model
