@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 
@@ -313,35 +312,35 @@ def newest_checkpoint(args):
     return {"step": 0}
 
 def stopwatch(model, device):
-    """-> lap, a function that books the time since its last call to a part of the step."""
+    """-> lap, a function that notes in lap.ends that a part of a step ends now."""
     def lap(part):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        lap.parts[part] += now - lap.last
-        lap.last = now
-    lap.parts, lap.last = defaultdict(float), 0
+        lap.ends.append((part, time.perf_counter()))
+    lap.ends = []
     model.backbone.register_forward_pre_hook(lambda *_: lap("crops, flips and MAug"))
     model.backbone.register_forward_hook(lambda *_: lap("backbone, forward"))
     model.backbone.register_full_backward_pre_hook(lambda *_: lap("head and losses"))
     return lap
 
-def show_profile(lap, steps, model, images, labels, dtype):
-    """Where the time of a step went, and how its arithmetic compares with a matrix product's."""
-    seconds = sum(lap.parts.values()) / steps
-    for part, spent in lap.parts.items():
-        say(f"{part:>24} {1000 * spent / steps:9.1f} ms {spent / steps / seconds:6.1%}")
+def show_profile(lap, args, model, images, labels):
+    """Where the time of the last steps went; their arithmetic, compared with a matrix product's."""
+    parts, ends = zip(*lap.ends[-6 * args.profile - 1:])  # a step has six parts
+    spent = np.diff(ends).reshape(-1, 6).mean(0)
+    seconds = spent.sum()
+    for part, own in zip(parts[1:], spent):
+        say(f"{part:>24} {1000 * own:9.1f} ms {own / seconds:6.1%}")
     with FlopCounterMode(display=False) as counter:
         model(images, labels)
     work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
-    matrix = torch.randn(4096, 4096, device=images.device).to(dtype)
-    for part in ("warm up", *["product"] * 5):
+    matrix = torch.randn(4096, 4096, device=args.device, dtype=precision(args.device, args.amp))
+    for _ in range(6):  # the first warms up
         matrix @ matrix
-        lap(part)
-    rate = 5 * 2e-9 * 4096 ** 3 / lap.parts["product"]
+        lap("product")
+    rate = 2e-9 * 4096 ** 3 / np.diff([end for _, end in lap.ends[-6:]]).mean()
     say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
         f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
-        f"{rate:,.0f} in {dtype}")
+        f"{rate:,.0f} in {matrix.dtype}")
 
 def ignore_signals(_):  # in a worker, for the training process to decide
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -375,6 +374,8 @@ def train(args):
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
     begin, steps = state["step"], per_epoch * args.epochs
+    if args.profile:
+        steps = args.profile + 5  # the first ones find their memory and threads
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
@@ -429,7 +430,6 @@ def train(args):
         labels = labels.to(args.device, non_blocking=True)
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
-        lap("head and losses")
         optimiser.zero_grad()
         scaler.scale(loss).backward()
         lap("backbone, backward")
@@ -438,11 +438,6 @@ def train(args):
         scaler.step(optimiser)
         scaler.update()
         lap("optimiser")
-        if args.profile and step == 5:
-            lap.parts.clear()  # the first steps find their memory and threads
-        if args.profile and step == 5 + args.profile:
-            return show_profile(lap, args.profile, model, images, labels,
-                                precision(args.device, args.amp) or torch.float32)
         since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
         epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
         if args.profile or not (since == 20 or epoch_ends or save_now or
@@ -473,6 +468,8 @@ def train(args):
         since, sums, logged = 0, 0, time.time()
     for name, handler in handlers.items():
         signal.signal(name, handler)
+    if args.profile:
+        return show_profile(lap, args, model, images, labels)
     test(at_the_end, steps)
     say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
     return model
@@ -487,8 +484,7 @@ def main(argv=None):
             args.device = torch.device("cuda", torch.cuda.current_device())
         distributed.init_process_group(timeout=timedelta(hours=3))  # rank 0 evaluates alone
     with tempfile.TemporaryDirectory() as scratch:
-        if args.profile:
-            args.epochs, args.out = args.profile + 5, scratch
+        args.out = scratch if args.profile else args.out
         return train(args)
 
 if __name__ == "__main__":
