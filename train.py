@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-from bisect import bisect_left
 from datetime import timedelta
 from functools import partial
 
@@ -88,20 +87,22 @@ def read_record(path, offset):
 
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
+    heads = bytearray()
     with open(path, "rb", buffering=0) as file:
-        heads = b"".join([file.read(36).ljust(36) for at in offsets.tolist() if file.seek(at) >= 0])
-    heads = np.frombuffer(heads, "<u4").reshape(-1, 9)  # magic, length, count, label, ids, labels
-    for i in np.flatnonzero(heads[:, 0] != MAGIC)[:1]:
-        raise ValueError(f"{path}: no record at byte {offsets[i]}: it is damaged, or cut short, or "
-                         "not that of its .idx")
-    labels = np.where(heads[:, 2] > 0, heads[:, 8], heads[:, 3]).view("<f4")
-    return labels, heads[:, 1] > 24 + 4 * heads[:, 2].astype(int)
+        for offset in offsets.tolist():
+            file.seek(offset)
+            heads += file.read(36).ljust(36)
+    magic, length, count, label, *_, first = np.frombuffer(heads, "<u4").reshape(-1, 9).T
+    if (magic != MAGIC).any():
+        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: it is damaged, "
+                         "or cut short, or not that of its .idx")
+    return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
     """`root`/train.rec and train.idx, as InsightFace or im2rec makes them -> Faces.
 
-    InsightFace's: a header, images, then a record for each identity with the key of its first
-    image, so that few reads tell all labels. im2rec's: images with their labels, nothing else.
+    InsightFace's: a header with the number of images, the images, then a record for each identity
+    with the key of its first image, so that few reads tell all labels. im2rec's: images alone.
     """
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
@@ -114,18 +115,18 @@ def record_file(root):
     last, size = np.fromfile(path, "<u4", 2, offset=offsets.max()), os.path.getsize(path)
     if len(last) == 2 and last[0] == MAGIC and last[1] < min(2**29, size - offsets.max() - 15):
         raise ValueError(f"{index}: cut short: {path} goes on behind its last record")
-    start = 0 if read_labels(path, offsets[:1])[1][0] else 1
-    end = bisect_left(range(len(keys)), True, start,  # the first record behind the images
-                      key=lambda i: not read_labels(path, offsets[i:i + 1])[1][0])
+    (header,), (image,) = read_labels(path, offsets[:1])
+    end = len(keys) if image else np.searchsorted(keys, header)  # of the images
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
     counts = np.diff(firsts, append=end)  # images of each
-    if len(firsts) and keys[-1] < 2**24 and firsts[0] == start and (counts > 0).all():
-        labels = read_labels(path, offsets[firsts])[0].repeat(counts)
+    if len(firsts) and keys[-1] < 2**24 and firsts[0] == 1 and (counts > 0).all():
+        offsets, labels = offsets[1:end], read_labels(path, offsets[firsts])[0].repeat(counts)
     else:  # im2rec's, or keys that float32 cannot hold
-        labels = read_labels(path, offsets[start:end])[0]
+        labels, images = read_labels(path, offsets)
+        offsets, labels = offsets[images], labels[images]
     if not len(labels) or not ((labels >= 0) & (labels < len(labels)) & (labels % 1 == 0)).all():
         raise ValueError(f"{path}: labels out of range: expected 0 to {len(labels) - 1} or less")
-    return Faces(path, offsets[start:end], labels.astype(np.int32), partial(read_record, path))
+    return Faces(path, offsets, labels.astype(np.int32), partial(read_record, path))
 
 SKIN, HAIR, IRIS, LIPS, WHITE = range(5)
 PALETTE = torch.tensor([[0.78, 0.6, 0.46], [0.3, 0.24, 0.18], [0.3, 0.28, 0.3], [0.68, 0.34, 0.34],
