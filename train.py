@@ -383,7 +383,6 @@ def train(args):
                         worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
     if RANK == 0:
-        os.makedirs(args.out, exist_ok=True)
         save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
 
     def report(text, **entry):
@@ -414,7 +413,7 @@ def train(args):
                 for name in (signal.SIGINT, signal.SIGTERM)}
     lap = stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
-    bad, since, sums = set(), 0, 0  # steps, and sums of the loss and its parts, since the last line
+    bad, losses = set(), []  # messages; the loss and its parts of each step since the last line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
         for error in {*"\n".join(errors).splitlines()} - {"", *bad}:
             bad.add(error)
@@ -426,9 +425,8 @@ def train(args):
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
         lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
-        images = jitter(images.to(args.device, non_blocking=True), args.jitter)
-        images = to_input(images, args.device)
-        labels = labels.to(args.device, non_blocking=True)
+        images, labels = (x.to(args.device, non_blocking=True) for x in (images, labels))
+        images = to_input(jitter(images, args.jitter), args.device)
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
         optimiser.zero_grad()
@@ -439,34 +437,34 @@ def train(args):
         scaler.step(optimiser)
         scaler.update()
         lap("optimiser")
-        since, sums = since + 1, sums + torch.stack([loss.detach(), *values.values()])
-        epoch_ends, save_now = step % per_epoch == 0, step % args.save_every == 0
-        if args.profile or not (since == 20 or epoch_ends or save_now or
-                                (stops and RANKS == 1)):
+        losses.append(torch.stack([loss.detach(), *values.values()]))
+        epoch_ends = step % per_epoch == 0
+        save_now = epoch_ends or step % args.save_every == 0
+        if args.profile or not (len(losses) == 20 or save_now or (stops and RANKS == 1)):
             continue
-        sums = torch.cat([sums / since, sums.new_tensor([len(stops)])]) / RANKS
+        means = torch.cat([torch.stack(losses).mean(0), loss.new_tensor([len(stops)])]) / RANKS
         if RANKS > 1:
-            distributed.all_reduce(sums)
-        mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
+            distributed.all_reduce(means)
+        mean, *means, stop = means.tolist()  # waits for the device, as does float16's scaler
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              "lower --lr, in a new --out. The last good checkpoint: "
                              f"{last if os.path.exists(last) else 'none yet'}")
         values = dict(zip(values, means))
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
-        rate, epoch = since / (time.time() - logged), (step - 1) // per_epoch + 1
+        rate, epoch = len(losses) / (time.time() - logged), (step - 1) // per_epoch + 1
         report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
                f"lr {lr:.4f}  {rate * args.batch_size:.0f} images/s  "
                f"{timedelta(0, (steps - step) // rate)} left", epoch=epoch, step=step, loss=mean,
                **values, lr=lr, images_per_s=rate * args.batch_size)
-        if epoch_ends or save_now or stop:
+        if save_now or stop:
             save(step)
         if epoch_ends:
             test(each_epoch, step)
         if stop and step < steps:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
-        since, sums, logged = 0, 0, time.time()
+        losses, logged = [], time.time()
     for name, handler in handlers.items():
         signal.signal(name, handler)
     if args.profile:
