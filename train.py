@@ -42,11 +42,10 @@ def say(text):
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
-    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "".
+    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "". In
+    place of an image that cannot be read comes the next that can, and "" tells what was wrong.
 
-    In place of an image that cannot be read comes the next that can, and "" tells what was wrong.
-    read: one of `sources` -> a path, or the bytes of an image file; as they are, if left out.
-    """
+    read: one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
     def __init__(self, name, sources, labels, read=os.fspath):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
         self.classes = int(self.labels.max(initial=-1)) + 1
@@ -55,15 +54,14 @@ class Faces(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i):
-        errors = []
-        for j in range(i, i + 100):
+        wrong = ""
+        for j in np.arange(i, i + 100) % len(self):
             try:
-                j %= len(self)
                 image = read_image(self.read(self.sources[j]), f"{self.name}, image {j}")
-                return image, int(self.labels[j]), "\n".join(errors)
+                return image, int(self.labels[j]), wrong
             except ValueError as error:
-                errors.append(str(error))
-        return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), 0, "\n".join(errors)
+                wrong = wrong or str(error)  # of image i; the others have their turns
+        return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), 0, wrong
 
     def part(self, chosen, first=0):
         """The chosen images alone (a mask), with `first` taken from their labels."""
@@ -415,7 +413,7 @@ def train(args):
     begun = logged = time.time()
     bad, losses = set(), []  # messages; the loss and its parts of each step since the last line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
-        for error in {*"\n".join(errors).splitlines()} - {"", *bad}:
+        for error in {*errors} - {"", *bad}:
             bad.add(error)
             report(f"skipped: {error}", step=step, skipped=error)
             if len(bad) > len(faces) / 1000:
