@@ -97,11 +97,9 @@ def read_labels(path, offsets):
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
-    """`root`/train.rec and train.idx, as InsightFace or im2rec makes them -> Faces.
-
-    InsightFace's: a header with the number of images, the images, then a record for each identity
-    with the key of its first image, so that few reads tell all labels. im2rec's: images alone.
-    """
+    """`root`/train.rec and train.idx -> Faces. InsightFace's hold a header with the key behind the
+    last image, the images, then a record for each identity with the key of its first image, so
+    that few reads tell all labels. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
         lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else []
@@ -179,7 +177,7 @@ def demo_faces(people, pictures, seed):
     return Faces("demo", np.array(files, object), np.arange(people).repeat(pictures))
 
 def open_data(name, holdout):
-    """--data -> the identities to train on, those held out (or None), and paths of .bin sets."""
+    """--data -> the identities to train on, those held out, and paths of .bin sets."""
     if name == "demo":
         say("drawing the demo's faces")
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
@@ -280,8 +278,7 @@ def build(args):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight,
-                 args.pull == "both")
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
@@ -355,11 +352,10 @@ def train(args):
     if not per_epoch or args.batch_size < 2 * RANKS or args.batch_size % RANKS:
         raise ValueError(f"--batch-size {args.batch_size}, but there are {len(faces)} images, and "
                          f"processes, each of which takes as many, two or more: {RANKS}")
-    each_epoch, at_the_end = [read_bin(path) for path in bins], []
-    whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])
-    if len(whole):
-        files = [*map(whole.read, whole.sources)]
-        at_the_end = [make_pairs("held-out identities", files, whole.labels)]
+    each_epoch = [read_bin(path) for path in bins]
+    whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])  # readable ones
+    files = [*map(whole.read, whole.sources)]
+    at_the_end = [make_pairs("held-out identities", files, whole.labels)] if files else []
     parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
              "scaler": scaler}
     found = [newest_checkpoint(args) if RANK == 0 else None]  # a step, and the states of the parts
@@ -372,9 +368,8 @@ def train(args):
                 part.load_state_dict(state[key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
-    begin, steps = state["step"], per_epoch * args.epochs
-    if args.profile:
-        steps = args.profile + 5  # the first ones find their memory and threads
+    begin = state["step"]
+    steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
@@ -448,13 +443,13 @@ def train(args):
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              "lower --lr, in a new --out. The last good checkpoint: "
                              f"{last if os.path.exists(last) else 'none yet'}")
-        values = dict(zip(values, means))
+        values, epoch = dict(zip(values, means)), (step - 1) // per_epoch + 1
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
-        rate, epoch = len(losses) / (time.time() - logged), (step - 1) // per_epoch + 1
+        rate = len(losses) * args.batch_size / (time.time() - logged)
+        left = timedelta(0, (steps - step) * args.batch_size // rate)
         report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
-               f"lr {lr:.4f}  {rate * args.batch_size:.0f} images/s  "
-               f"{timedelta(0, (steps - step) // rate)} left", epoch=epoch, step=step, loss=mean,
-               **values, lr=lr, images_per_s=rate * args.batch_size)
+               f"lr {lr:.4f}  {rate:.0f} images/s  {left} left", epoch=epoch, step=step, loss=mean,
+               **values, lr=lr, images_per_s=rate)
         if save_now or stop:
             save(step)
         if epoch_ends:
