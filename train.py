@@ -386,12 +386,6 @@ def train(args):
             with open(os.path.join(args.out, "log.jsonl"), "a") as file:
                 print(json.dumps(entry), file=file)
 
-    def save(step):
-        if RANK == 0:
-            state = {key: part.state_dict() for key, part in parts.items()}
-            torch.save({**state, "step": step, "args": arguments}, file := io.BytesIO())
-            write_file(last, file.getbuffer(), previous=os.path.join(args.out, "previous.pt"))
-
     def test(benchmarks, step):
         model.eval()
         for data in benchmarks if RANK == 0 else []:
@@ -450,8 +444,11 @@ def train(args):
         report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
                f"lr {lr:.4f}  {rate:.0f} images/s  {left} left", epoch=epoch, step=step, loss=mean,
                **values, lr=lr, images_per_s=rate)
-        if save_now or stop:
-            save(step)
+        if RANK == 0 and (save_now or stop):
+            state = {key: part.state_dict() for key, part in parts.items()}
+            with io.BytesIO() as file:  # frees its memory
+                torch.save({**state, "step": step, "args": arguments}, file)
+                write_file(last, file.getvalue(), previous=os.path.join(args.out, "previous.pt"))
         if epoch_ends:
             test(each_epoch, step)
         if stop and step < steps:
