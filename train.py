@@ -285,11 +285,11 @@ def build(args):
     fp16 = precision(args.device, args.amp) == torch.float16
     return model, optimiser, torch.amp.GradScaler(args.device.type, enabled=fp16)
 
-def newest_checkpoint(args):
-    """The newest whole checkpoint of the run, which must agree with its arguments, or step 0."""
-    free = {"epochs", "out", "workers", "device", "amp", "save_every"}
+def resume(args, parts):
+    """Loads the run's newest whole checkpoint, which must agree with args -> its step, or 0."""
+    found, free = [{"step": 0}], {"epochs", "out", "workers", "device", "amp", "save_every"}
     paths = [os.path.join(args.out, name) for name in ("last.pt", "previous.pt")]
-    for path in filter(os.path.exists, paths):
+    for path in filter(os.path.exists, paths if RANK == 0 else ()):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
             step, old = int(state["step"]), dict(state["args"])
@@ -304,8 +304,18 @@ def newest_checkpoint(args):
                 raise ValueError(f"{path} was made with {key} {old.get(key)}, not {value}: give "
                                  "the same, or another --out")
         say(f"going on from step {step:,} of {path}")
-        return state
-    return {"step": 0}
+        found = [state]
+        break
+    if RANKS > 1:  # all go on from what the first has found
+        distributed.broadcast_object_list(found)
+    (state,) = found
+    try:
+        for key, part in parts.items() if state["step"] else ():
+            if key != "scaler" or state[key]:  # it has a state in float16 alone
+                part.load_state_dict(state[key])
+    except Exception:  # of a dozen kinds again
+        raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
+    return state["step"]
 
 def stopwatch(model, device):
     """-> lap, a function that notes in lap.ends that a part of a step ends now."""
@@ -358,17 +368,7 @@ def train(args):
     at_the_end = [make_pairs("held-out identities", files, whole.labels)] if files else []
     parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
              "scaler": scaler}
-    found = [newest_checkpoint(args) if RANK == 0 else None]  # a step, and the states of the parts
-    if RANKS > 1:  # all go on from what the first has found
-        distributed.broadcast_object_list(found)
-    state = found.pop()
-    try:
-        for key, part in parts.items() if state["step"] else ():
-            if key != "scaler" or state[key]:  # it has a state in float16 alone
-                part.load_state_dict(state[key])
-    except Exception:  # of a dozen kinds again
-        raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
-    begin = state["step"]
+    begin = resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
     parallel = DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
