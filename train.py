@@ -140,8 +140,7 @@ FACE = [  # which traits, colour, shade; x (twice, if not 0), y, half width and 
 
 def draw_faces(traits, rng):
     """Traits (N, 13, 5) of people, in [-1, 1] -> (N, 112, 112, 3) uint8, one picture of each: soft
-    ellipses in a pose, an expression, a light, before a background, with noise, all from rng; in
-    units where the picture reaches from -1 to 1."""
+    ellipses, in units of half a picture, with pose, expression, light, background and noise."""
     n, t = len(traits), traits[..., None, None]  # each trait is (N, 1, 1)
     yaw, pitch, roll, near, right, down, smile, lit_x, lit_y, bright, warm = torch.randn(
         11, n, 1, 1, generator=rng).clamp(-2, 2)
@@ -429,10 +428,10 @@ def train(args):
         save_now = epoch_ends or step % args.save_every == 0
         if args.profile or not (len(losses) == 20 or save_now or (stops and RANKS == 1)):
             continue
-        means = torch.cat([torch.stack(losses).mean(0), loss.new_tensor([len(stops)])]) / RANKS
+        sums = torch.cat([torch.stack(losses).mean(0), loss.new_tensor([len(stops)])]) / RANKS
         if RANKS > 1:
-            distributed.all_reduce(means)
-        mean, *means, stop = means.tolist()  # waits for the device, as does float16's scaler
+            distributed.all_reduce(sums)
+        mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              "lower --lr, in a new --out. The last good checkpoint: "
