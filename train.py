@@ -463,11 +463,13 @@ def train(args):
     return model
 
 def main(argv=None):
-    if RANKS > 1 and torch.cuda.is_available():  # "cuda" is that of this process from here on
+    if RANKS > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = parse_arguments(argv)
     keep_memory()
     if RANKS > 1:
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", torch.cuda.current_device())
         distributed.init_process_group(timeout=timedelta(hours=3))  # rank 0 evaluates alone
     with tempfile.TemporaryDirectory() as scratch:
         args.out = scratch if args.profile else args.out
