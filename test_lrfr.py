@@ -1346,11 +1346,12 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number):
     command = [sys.executable, HERE / "train.py", "--data", folder, *TINY, "--epochs", "500",
-               "--out", tmp_path / "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               "--workers", "2", "--out", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     for line in process.stdout:
         if "epoch 2/" in line:
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # workers, too, as a terminal, timeout or scancel does
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and err == ""

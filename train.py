@@ -347,9 +347,9 @@ def show_profile(lap, args, model, images, labels):
         f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
         f"{rate:,.0f} in {matrix.dtype}")
 
-def ignore_signals(_):  # in a worker, for the training process to decide
+def ignore_signals(_):  # in a worker: they may go to the whole group, but training decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def train(args):
     """The whole run, from the data to the last table; returns the trained model."""
@@ -396,7 +396,7 @@ def train(args):
            f"the run goes to {args.out}", args=arguments, begin=begin)
     stops = []  # signals that have come in
     handlers = {name: signal.signal(name, lambda name, _: stops.append(name))
-                for name in (signal.SIGINT, signal.SIGTERM)}
+                for name in (signal.SIGINT, signal.SIGTERM) if not args.profile}
     lap = stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
     bad, losses = set(), []  # messages; the loss and its parts of each step since the last line
@@ -464,7 +464,7 @@ def train(args):
 
 def main(argv=None):
     if RANKS > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     args = parse_arguments(argv)
     keep_memory()
     if RANKS > 1:
