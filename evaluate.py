@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -168,22 +169,19 @@ def read_bin(path):
 
 def images_below(root):
     """Paths of the images in a folder, however deep, sorted; aligned or cropped ones come first."""
-    paths = [os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files
-             if file.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))]
-    return sorted(paths, key=lambda path: (not re.search("align|crop", path.lower()), path))
+    paths = [path for path in Path(root).rglob("*")
+             if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp")]
+    return sorted(paths, key=lambda path: (not re.search("align|crop", str(path).lower()), path))
 
 def read_scface(root, subjects="all"):
     """SCface: 001_frontal.jpg; 001_cam1_1.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
-
-    subjects: "all" 130, or "test", the 80 from 051 on (050 and below are for fine-tuning).
-    """
-    found = {}  # {(subject, distance, camera): path}; 0 and 0 for a mugshot
+    subjects: "all" 130, or "test", the 80 from 051 on (those before are for fine-tuning)."""
+    found = {}  # {(subject, camera, distance): path}; 0 and 0 for a mugshot
     for path in images_below(root):
-        stem = os.path.splitext(os.path.basename(path))[0].lower()
-        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", stem)
+        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", path.stem.lower())
         if parts and (subjects == "all" or int(parts[1]) > 50):
-            found.setdefault((int(parts[1]), int(parts[3] or 0), int(parts[2] or 0)), path)
-    person, distance, _ = np.array(list(found), int).reshape(-1, 3).T
+            found.setdefault(tuple(int(part or 0) for part in parts.groups()), str(path))
+    person, _, distance = np.array(list(found), int).reshape(-1, 3).T
     known, seen = set(person[distance == 0]), set(person[distance > 0])
     if not known or known != seen:
         lacking = min(known ^ seen, default=1)
@@ -202,11 +200,11 @@ def read_tinyface(root):
     if not probe or not match:
         raise ValueError(f"{root}: {probe} images in Probe and {match} in Gallery_Match")
     paths = list(itertools.chain(*folders))
-    people = [os.path.basename(path).split("_")[0] for path in paths[:probe + match]]
+    people = [path.name.split("_")[0] for path in paths[:probe + match]]
     identity = np.append(np.unique(people, return_inverse=True)[1], np.full(distractors, -1))
     note = f"{distractors:,} distractors" if distractors else "WITHOUT its distractors"
-    return Benchmark(f"TinyFace, {note}", paths, None, identity, np.arange(probe, len(paths)),
-                     {"probes": np.arange(probe)})
+    return Benchmark(f"TinyFace, {note}", list(map(str, paths)), None, identity,
+                     np.arange(probe, len(paths)), {"probes": np.arange(probe)})
 
 def make_pairs(name, sources, labels, limit=3000):
     """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
