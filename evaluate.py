@@ -378,33 +378,30 @@ COLOURS = ["#008df9", "#e20134", "#009f81", "#8400cd", "#ffc33b", "#9f0162", "#0
            "#ff5aaf", "#a40122", "#00fccf", "#ffb2fd"]  # for the colour-blind (Krzywinski)
 
 def gradient_norms(path, backbone, root, device, amp, count=256):
-    """[(px, norm of the classification gradient at this resolution)] of the paper's study, that is
-    || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||, over all parameters w of the
-    backbone in eval mode, with the checkpoint's own head, and `count` images x_i spread evenly
-    over `root`: the image folder that it was trained on."""
+    """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
+    all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
+    x_i spread evenly over `root`, the image folder that it was trained on."""
     (sources, labels), state = image_folder(root), torch.load(path, "cpu", weights_only=True)
     try:
-        shape, args = state["head"]["weight"].shape, state["args"]
-        head = ArcFace(*shape, float(args["scale"]), float(args["margin"]))
+        scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
+        head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
         head.load_state_dict(state["head"])
-        if labels.max(initial=-1) + 1 < shape[0] or shape[1] != backbone.fc.out_features:
-            raise ValueError
+        last = np.flatnonzero(labels == len(head.weight) - 1)[-1]  # those held out come behind
     except Exception:  # of several kinds, for a checkpoint that another program made
         raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
                          ) from None
-    known = np.flatnonzero(labels < len(head.weight))  # those held out come last
-    known = known[np.linspace(0, len(known) - 1, count).astype(int)]
-    images = to_input(torch.stack([read_image(source) for source in sources[known]]), device)
+    chosen = np.linspace(0, last, count).astype(int)
+    images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
-    labels, head, curve = torch.from_numpy(labels[known]).to(device), head.to(device), []
+    labels, head, curve = torch.from_numpy(labels[chosen]).to(device), head.to(device), []
     for px in STUDY:
         backbone.zero_grad()
-        for x, y in zip(degrade(images, px).split(64), labels.split(64)):
+        for x, y in zip(degrade(images, px).split(BATCH), labels.split(BATCH)):
             with autocast(device, amp):
                 loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / count
             loss.backward()
-        norms = [w.grad.norm() for w in backbone.parameters() if w.requires_grad]
-        curve.append((px, torch.stack(norms).norm().item()))
+        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), torch.inf)  # clips nothing
+        curve.append((px, norm.item()))
     return curve
 
 def slopes():
