@@ -80,8 +80,8 @@ def no_bomb(path):
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
     temporary = f"{path}.{os.getpid()}"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -516,21 +516,22 @@ def main(argv=None):
             sets[-1].name += f" of {path}"
     if not sets and not args.study and len(args.match or []) < 2:
         parser.error(f"nothing to do: give {', '.join(SETS)}, --study or --match A B")
-    for path in filter(None, (args.json, args.plots and os.path.join(args.plots, "x"))):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    open(args.json or os.devnull, "ab").close()  # fails now, not after hours
     keep_memory()
-    rows, plots, backbones = [], defaultdict(dict), {path: load_backbone(no_bomb(path)).to(
+    backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
-    options = args.device, args.amp, args.flip
+    options, rows, plots = (args.device, args.amp, args.flip), [], defaultdict(dict)
+    plots["distances"] = slopes()
+    def save():
+        if args.json:
+            write_file(args.json, json.dumps(rows).encode())
+        while plots and args.plots:
+            draw(args.plots, *plots.popitem())
+    save()  # what cannot be written fails now, not after hours
     for name in backbones if args.study else ():
         plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
         rows.append({"checkpoint": name, "gradient_norms": plots["gradient"][name]})
         print(f"{name}: norm of the classification gradient",
               ", ".join(f"{norm:.3g} at {px} px" for px, norm in plots["gradient"][name]))
-    def write_rows():  # after each set, so that little is lost
-        if args.json:
-            write_file(args.json, json.dumps(rows).encode())
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
@@ -539,14 +540,12 @@ def main(argv=None):
             cosine = float(embeddings[name, SIZE][i] @ embeddings[name, SIZE][j])
             rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
             print(f"{cosine:7.3f}  {a}  {b}  {name}")
-    write_rows()
+    save()
     for data in sets:
         resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
         rows += (new := evaluate(backbones, data, resolutions, *options, plots))
         print(table(new), flush=True)
-        write_rows()
-    for name, curves in {**plots, "distances": slopes()}.items() if args.plots else ():
-        draw(args.plots, name, curves)
+        save()  # after each set, so that little is lost
 
 if __name__ == "__main__":
     sys.exit(run(main))
