@@ -480,22 +480,21 @@ def run(main):
         text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
         return "error: " + " ".join(text.split())  # one line, whatever names of files hold
 
-SETS = {  # option: reader, and what it reads
-    "--lfw": (read_lfw, "folder with pairs.txt and the aligned images"),
-    "--xqlfw": (partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt"),
-    "--bin": (read_bin, "verification set of InsightFace"),
-    "--scface": (read_scface, "folder with mugshots and surveillance images"),
-    "--tinyface": (read_tinyface, "TinyFace, or its Testing_Set")}
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train.py, or InsightFace weights")
-    for option, (_, text) in SETS.items():
-        add(option, metavar="PATH", nargs="+", default=[], help=text)
+    def add_set(option, read, text):
+        add(option, metavar="PATH", nargs="+", action="extend", default=[], help=text, dest="sets",
+            type=lambda path: (read, path))
+    add_set("--lfw", read_lfw, "folder with pairs.txt and the aligned images")
+    add_set("--xqlfw", partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt")
+    add_set("--bin", read_bin, "verification set of InsightFace")
+    add_set("--scface", read_scface, "folder with mugshots and surveillance images")
+    add_set("--tinyface", read_tinyface, "TinyFace, or its Testing_Set")
     add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
-    add("--match", metavar="IMAGE", nargs="+", help="cosine similarities of aligned faces")
+    add("--match", metavar="IMAGE", nargs="+", default=[], help="cosines of aligned faces")
     add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
         help="to degrade pairs to, in pixels")
     add("--study", metavar="DIR", help="the paper's: 19 resolutions, and gradient norms on DIR, "
@@ -507,15 +506,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
+    if not args.sets and not args.study and len(args.match) < 2:
+        parser.error("nothing to do: give --lfw or another set, --study, or --match A B")
     sets = []
-    for read, path in ((read, path) for option, (read, _) in SETS.items()
-                       for path in dict.fromkeys(vars(args)[option[2:]])):
+    for read, path in dict.fromkeys(args.sets):
         os.stat(path)  # an error, if there is none
-        sets.append(read(path, *[args.scface_subjects] * (read is read_scface)))
-        if sets[-1].name in [data.name for data in sets[:-1]]:
-            sets[-1].name += f" of {path}"
-    if not sets and not args.study and len(args.match or []) < 2:
-        parser.error(f"nothing to do: give {', '.join(SETS)}, --study or --match A B")
+        data = read(path, args.scface_subjects) if read is read_scface else read(path)
+        if data.name in [other.name for other in sets]:
+            data.name += f" of {path}"
+        sets.append(data)
     keep_memory()
     backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
@@ -535,11 +534,11 @@ def main(argv=None):
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
-        for name, (i, a), (j, b) in ((name, *two) for name in backbones for two in
-                                     itertools.combinations(enumerate(args.match), 2)):
-            cosine = float(embeddings[name, SIZE][i] @ embeddings[name, SIZE][j])
-            rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
-            print(f"{cosine:7.3f}  {a}  {b}  {name}")
+        for name in backbones:
+            faces = zip(args.match, embeddings[name, SIZE])
+            for (a, x), (b, y) in itertools.combinations(faces, 2):
+                rows.append({"checkpoint": name, "match": [a, b], "cosine": float(x @ y)})
+                print(f"{x @ y:7.3f}  {a}  {b}  {name}")
     save()
     for data in sets:
         resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
