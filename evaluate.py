@@ -297,10 +297,8 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
 
 def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
     """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
-    degraded to each of `resolutions`, a benchmark without pairs is taken as it is.
-
-    plots: a dict that takes up the curves, {name of a picture: {label: [(x, y), ...]}}.
-    """
+    degraded to each of `resolutions`, a benchmark without pairs is taken as it is. Into `plots` go
+    the curves to draw, {name of a picture: {label: [(x, y), ...]}}."""
     resolutions, rows = resolutions if data.pairs else [SIZE], []
     plots, ends = defaultdict(dict) if plots is None else plots, (resolutions[0], resolutions[-1])
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
@@ -313,11 +311,11 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
             row["pairs"] = len(same)
             for way, other in (("both", degraded), ("cross", sharp)):
                 scores = (other[first] * degraded[second]).sum(1).double().numpy()
-                *folds, roc = *ten_folds(scores, same), tar_at_far(scores, same)
-                row |= zip([f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")],
-                           [*folds, roc[0]])
-                curve = plots[f"{data.name}, {way}"].setdefault(name, [])
-                curve.append((px, row[f"{way}_accuracy"]))
+                accuracy, std, threshold = ten_folds(scores, same)
+                roc = tar_at_far(scores, same)
+                row |= {f"{way}_accuracy": accuracy, f"{way}_std": std,
+                        f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
+                plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
             if px in ends and roc[0] is not None:
                 plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
         cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
