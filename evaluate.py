@@ -133,8 +133,7 @@ def read_lfw(root, file="pairs.txt"):
                 if image not in index and not os.path.isfile(image):
                     raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
                 pairs.append(index.setdefault(image, len(index)))
-    people = [os.path.basename(os.path.dirname(image)) for image in index]
-    who = np.unique(people, return_inverse=True)[1]
+    who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
     first, second = np.array(pairs, int).reshape(-1, 2).T
     return verification(path, [*index], first, second, who[first] == who[second], who)
 
@@ -404,8 +403,8 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
 
 def slopes():
     """{distance: [(d, its derivative at d over that at 1)]} in one dimension; the others stay 1."""
-    d = torch.linspace(0.005, 1.5, 300)
-    x = torch.cat([d[:, None], torch.ones(300, 511)], 1)
+    x = torch.ones(300, 512)
+    d = x[:, 0] = torch.linspace(0.005, 1.5, 300)
     curves = {"L1": d ** 0, "smooth L1": d.clamp(max=1), "L2": d}
     curves |= {f"LogExp({p})": logexp_grad(x, 0 * x, p)[:, 0] for p in (1, 2)}
     return {name: [*zip(d.tolist(), (y / y[199]).tolist())] for name, y in curves.items()}
@@ -422,19 +421,17 @@ def spread(identity, embeddings):
         identity[chosen] == who].tolist() for px, part in zip(embeddings, x) for who in people}
 
 def draw(folder, name, curves):
-    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it. The legend leaves
-    out labels that begin with _, and shortens the paths of checkpoints."""
+    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (optional: imported where it is used)
     picture, kind = Figure((4.8, 3.6), layout="constrained"), name.split()[-1]
     ticks, xlabel, ylabel = AXES[kind]
     axes = picture.add_subplot(xlabel=xlabel, ylabel=ylabel)
     for i, (label, points) in enumerate(curves.items()):
         marker = {"marker": "ovsD"[i // 12], "ls": "", "ms": 4} if kind == "embeddings" else {}
-        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)
+        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)  # begins with _: not in the legend
         axes.plot(*zip(*points), color=COLOURS[i % 12], label=label, **marker)
     if ticks:
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, ticks)
+        axes.set(xscale="log", xticks=ticks, xticklabels=ticks)
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -471,9 +468,7 @@ def run(main):
     """Calls main; what is wrong with the user's files becomes one line, and exit status 1."""
     try:
         main()
-    except torch.OutOfMemoryError:
-        return "error: out of GPU memory: try a smaller --batch-size"
-    except (OSError, ValueError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         named = getattr(error, "filename", None)
         text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
         return "error: " + " ".join(text.split())  # one line, whatever names of files hold
