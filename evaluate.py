@@ -79,8 +79,8 @@ def no_bomb(path):
 
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
-    temporary = f"{path}.{os.getpid()}"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = Path(f"{path}.{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -92,8 +92,7 @@ def write_file(path, content, previous=None):
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 # ---- 2. Benchmarks ------------------------------------------------------------------------------
 @dataclass
@@ -120,19 +119,18 @@ def verification(path, sources, first, second, same, identity=None):
 
 def read_lfw(root, file="pairs.txt"):
     """LFW (or XQLFW): `root`/`file` lists pairs, `root`/Name/Name_0001.jpg are aligned images."""
-    path, index, pairs = os.path.join(root, file), {}, []
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for count, line in enumerate(lines, 1):
-            pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
-            if not pair:
-                if len(line.split()) <= 2 and (count == 1 or not line.strip()):
-                    continue  # the header: folds, and pairs of a kind per fold
-                raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
-            for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
-                image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
-                if image not in index and not os.path.isfile(image):
-                    raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
-                pairs.append(index.setdefault(image, len(index)))
+    path, index, pairs = Path(root, file), {}, []
+    for count, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or count == 1 and len(line.split()) <= 2:
+            continue  # the header: folds, and pairs of a kind per fold
+        pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
+        if not pair:
+            raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
+        for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
+            image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
+            if image not in index and not os.path.isfile(image):
+                raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
+            pairs.append(index.setdefault(image, len(index)))
     who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
     first, second = np.array(pairs, int).reshape(-1, 2).T
     return verification(path, [*index], first, second, who[first] == who[second], who)
@@ -153,8 +151,7 @@ class BinUnpickler(pickle._Unpickler):
 
 def read_bin(path):
     """InsightFace's .bin: a pickle of (images, issame); pair i is images 2 i and 2 i + 1."""
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+    content = io.BytesIO(Path(path).read_bytes())
     try:
         images, same = BinUnpickler(content, encoding="bytes").load()
         images = [image if isinstance(image, bytes) else image.tobytes() for image in images]
