@@ -508,8 +508,8 @@ def main(argv=None):
     keep_memory()
     backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
-    options, rows, plots = (args.device, args.amp, args.flip), [], defaultdict(dict)
-    plots["distances"] = slopes()
+    options = args.device, args.amp, args.flip
+    rows, plots = [], defaultdict(dict, distances=slopes())
     def save():
         if args.json:
             write_file(args.json, json.dumps(rows).encode())
@@ -517,10 +517,11 @@ def main(argv=None):
             draw(args.plots, *plots.popitem())
     save()  # what cannot be written fails now, not after hours
     for name in backbones if args.study else ():
-        plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
-        rows.append({"checkpoint": name, "gradient_norms": plots["gradient"][name]})
+        norms = gradient_norms(name, backbones[name], args.study, args.device, args.amp)
+        plots["gradient"][name] = norms
+        rows.append({"checkpoint": name, "gradient_norms": norms})
         print(f"{name}: norm of the classification gradient",
-              ", ".join(f"{norm:.3g} at {px} px" for px, norm in plots["gradient"][name]))
+              ", ".join(f"{norm:.3g} at {px} px" for px, norm in norms))
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
