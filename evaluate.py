@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,9 +79,9 @@ def no_bomb(path):
 
 def write_file(path, content, previous=None):
     """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
-    temporary = f"{path}.{os.getpid()}"
+    temporary = Path(f"{path}.{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -91,8 +92,7 @@ def write_file(path, content, previous=None):
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 # ---- 2. Benchmarks ------------------------------------------------------------------------------
 @dataclass
@@ -119,21 +119,19 @@ def verification(path, sources, first, second, same, identity=None):
 
 def read_lfw(root, file="pairs.txt"):
     """LFW (or XQLFW): `root`/`file` lists pairs, `root`/Name/Name_0001.jpg are aligned images."""
-    path, index, pairs = os.path.join(root, file), {}, []
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for count, line in enumerate(lines, 1):
-            pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
-            if not pair:
-                if len(line.split()) <= 2 and (count == 1 or not line.strip()):
-                    continue  # the header: folds, and pairs of a kind per fold
-                raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
-            for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
-                image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
-                if image not in index and not os.path.isfile(image):
-                    raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
-                pairs.append(index.setdefault(image, len(index)))
-    people = [os.path.basename(os.path.dirname(image)) for image in index]
-    who = np.unique(people, return_inverse=True)[1]
+    path, index, pairs = Path(root, file), {}, []
+    for count, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or count == 1 and len(line.split()) <= 2:
+            continue  # the header: folds, and pairs of a kind per fold
+        pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
+        if not pair:
+            raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
+        for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
+            image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
+            if image not in index and not os.path.isfile(image):
+                raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
+            pairs.append(index.setdefault(image, len(index)))
+    who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
     first, second = np.array(pairs, int).reshape(-1, 2).T
     return verification(path, [*index], first, second, who[first] == who[second], who)
 
@@ -153,8 +151,7 @@ class BinUnpickler(pickle._Unpickler):
 
 def read_bin(path):
     """InsightFace's .bin: a pickle of (images, issame); pair i is images 2 i and 2 i + 1."""
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+    content = io.BytesIO(Path(path).read_bytes())
     try:
         images, same = BinUnpickler(content, encoding="bytes").load()
         images = [image if isinstance(image, bytes) else image.tobytes() for image in images]
@@ -168,22 +165,19 @@ def read_bin(path):
 
 def images_below(root):
     """Paths of the images in a folder, however deep, sorted; aligned or cropped ones come first."""
-    paths = [os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files
-             if file.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))]
-    return sorted(paths, key=lambda path: (not re.search("align|crop", path.lower()), path))
+    paths = [path for path in Path(root).rglob("*")
+             if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp")]
+    return sorted(paths, key=lambda path: (not re.search("align|crop", str(path).lower()), path))
 
 def read_scface(root, subjects="all"):
     """SCface: 001_frontal.jpg; 001_cam1_1.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
-
-    subjects: "all" 130, or "test", the 80 from 051 on (050 and below are for fine-tuning).
-    """
-    found = {}  # {(subject, distance, camera): path}; 0 and 0 for a mugshot
+    subjects: "all" 130, or "test", the 80 from 051 on (those before are for fine-tuning)."""
+    found = {}  # {(subject, camera, distance): path}; 0 and 0 for a mugshot
     for path in images_below(root):
-        stem = os.path.splitext(os.path.basename(path))[0].lower()
-        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", stem)
+        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", path.stem.lower())
         if parts and (subjects == "all" or int(parts[1]) > 50):
-            found.setdefault((int(parts[1]), int(parts[3] or 0), int(parts[2] or 0)), path)
-    person, distance, _ = np.array(list(found), int).reshape(-1, 3).T
+            found.setdefault(tuple(int(part or 0) for part in parts.groups()), str(path))
+    person, _, distance = np.array(list(found), int).reshape(-1, 3).T
     known, seen = set(person[distance == 0]), set(person[distance > 0])
     if not known or known != seen:
         lacking = min(known ^ seen, default=1)
@@ -202,11 +196,11 @@ def read_tinyface(root):
     if not probe or not match:
         raise ValueError(f"{root}: {probe} images in Probe and {match} in Gallery_Match")
     paths = list(itertools.chain(*folders))
-    people = [os.path.basename(path).split("_")[0] for path in paths[:probe + match]]
+    people = [path.name.split("_")[0] for path in paths[:probe + match]]
     identity = np.append(np.unique(people, return_inverse=True)[1], np.full(distractors, -1))
     note = f"{distractors:,} distractors" if distractors else "WITHOUT its distractors"
-    return Benchmark(f"TinyFace, {note}", paths, None, identity, np.arange(probe, len(paths)),
-                     {"probes": np.arange(probe)})
+    return Benchmark(f"TinyFace, {note}", list(map(str, paths)), None, identity,
+                     np.arange(probe, len(paths)), {"probes": np.arange(probe)})
 
 def make_pairs(name, sources, labels, limit=3000):
     """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
@@ -226,11 +220,11 @@ GRID = np.linspace(-1, 1, 401)
 def ten_folds(scores, same):
     """Cosines and truth of P pairs -> accuracy, its standard deviation over folds, mean threshold:
     in each fold the best of the other nine, of equals the highest, as in the official code."""
-    right = np.stack([(scores >= threshold) == same for threshold in GRID])  # (thresholds, P)
-    folds = np.array_split(np.arange(len(scores)), 10)
-    others = [right.sum(1) - right[:, fold].sum(1) for fold in folds]
+    right = (scores >= GRID[:, None]) == same  # (thresholds, P)
+    folds = np.array_split(right, 10, axis=1)
+    others = [right.sum(1) - fold.sum(1) for fold in folds]
     best = [np.flatnonzero(count == count.max())[-1] for count in others]
-    accuracies = [right[i, fold].mean() for i, fold in zip(best, folds)]
+    accuracies = [fold[i].mean() for i, fold in zip(best, folds)]
     return float(np.mean(accuracies)), float(np.std(accuracies)), float(GRID[best].mean())
 
 FARS = np.logspace(-3, 0, 31).tolist()  # of a ROC curve; the first is that of TAR
@@ -299,10 +293,8 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
 
 def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
     """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
-    degraded to each of `resolutions`, a benchmark without pairs is taken as it is.
-
-    plots: a dict that takes up the curves, {name of a picture: {label: [(x, y), ...]}}.
-    """
+    degraded to each of `resolutions`, a benchmark without pairs is taken as it is. Into `plots` go
+    the curves to draw, {name of a picture: {label: [(x, y), ...]}}."""
     resolutions, rows = resolutions if data.pairs else [SIZE], []
     plots, ends = defaultdict(dict) if plots is None else plots, (resolutions[0], resolutions[-1])
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
@@ -315,11 +307,11 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
             row["pairs"] = len(same)
             for way, other in (("both", degraded), ("cross", sharp)):
                 scores = (other[first] * degraded[second]).sum(1).double().numpy()
-                *folds, roc = *ten_folds(scores, same), tar_at_far(scores, same)
-                row |= zip([f"{way}_{key}" for key in ("accuracy", "std", "threshold", "tar")],
-                           [*folds, roc[0]])
-                curve = plots[f"{data.name}, {way}"].setdefault(name, [])
-                curve.append((px, row[f"{way}_accuracy"]))
+                accuracy, std, threshold = ten_folds(scores, same)
+                roc = tar_at_far(scores, same)
+                row |= {f"{way}_accuracy": accuracy, f"{way}_std": std,
+                        f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
+                plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
             if px in ends and roc[0] is not None:
                 plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
         cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
@@ -337,15 +329,15 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
                 plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
         rows += [] if cmcs else [row]
         if px == resolutions[0] < SIZE:
-            error = (sharp - degraded).abs() * sharp.shape[1] ** 0.5
-            density = torch.histc(error, 60, 0, 4) * 15 / error.numel()
-            plots[f"{data.name}, errors"][f"{name}, {px} px"] = [*zip(ERRORS, density.tolist())]
+            error = (sharp - degraded).abs().numpy() * sharp.shape[1] ** 0.5
+            density, edges = np.histogram(error, 60, (0, 4), density=True)
+            curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1).tolist()
+            plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve
         if px == SIZE and data.identity is not None and data.identity.max() > 10:
             plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
                 px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
     return rows
 
-ERRORS = [(i + 0.5) / 15 for i in range(60)]  # middles of the histogram's bins
 COLUMNS = {"px": "px", "checkpoint": "checkpoint", "both_accuracy": "both", "both_std": "std",
            "both_tar": "TAR", "both_threshold": "cos >=", "cross_accuracy": "cross",
            "cross_std": "std", "cross_tar": "TAR", "cross_threshold": "cos >=", "part": "part",
@@ -380,39 +372,36 @@ COLOURS = ["#008df9", "#e20134", "#009f81", "#8400cd", "#ffc33b", "#9f0162", "#0
            "#ff5aaf", "#a40122", "#00fccf", "#ffb2fd"]  # for the colour-blind (Krzywinski)
 
 def gradient_norms(path, backbone, root, device, amp, count=256):
-    """[(px, norm of the classification gradient at this resolution)] of the paper's study, that is
-    || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||, over all parameters w of the
-    backbone in eval mode, with the checkpoint's own head, and `count` images x_i spread evenly
-    over `root`: the image folder that it was trained on."""
+    """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
+    all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
+    x_i spread evenly over `root`, the image folder that it was trained on."""
     (sources, labels), state = image_folder(root), torch.load(path, "cpu", weights_only=True)
     try:
-        shape, args = state["head"]["weight"].shape, state["args"]
-        head = ArcFace(*shape, float(args["scale"]), float(args["margin"]))
+        scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
+        head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
         head.load_state_dict(state["head"])
-        if labels.max(initial=-1) + 1 < shape[0] or shape[1] != backbone.fc.out_features:
-            raise ValueError
+        last = np.flatnonzero(labels == len(head.weight) - 1)[-1]  # those held out come behind
     except Exception:  # of several kinds, for a checkpoint that another program made
         raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
                          ) from None
-    known = np.flatnonzero(labels < len(head.weight))  # those held out come last
-    known = known[np.linspace(0, len(known) - 1, count).astype(int)]
-    images = to_input(torch.stack([read_image(source) for source in sources[known]]), device)
+    chosen = np.linspace(0, last, count).astype(int)
+    images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
-    labels, head, curve = torch.from_numpy(labels[known]).to(device), head.to(device), []
+    labels, head, curve = torch.from_numpy(labels[chosen]).to(device), head.to(device), []
     for px in STUDY:
         backbone.zero_grad()
-        for x, y in zip(degrade(images, px).split(64), labels.split(64)):
+        for x, y in zip(degrade(images, px).split(BATCH), labels.split(BATCH)):
             with autocast(device, amp):
                 loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / count
             loss.backward()
-        norms = [w.grad.norm() for w in backbone.parameters() if w.requires_grad]
-        curve.append((px, torch.stack(norms).norm().item()))
+        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), torch.inf)  # clips nothing
+        curve.append((px, norm.item()))
     return curve
 
 def slopes():
     """{distance: [(d, its derivative at d over that at 1)]} in one dimension; the others stay 1."""
-    d = torch.linspace(0.005, 1.5, 300)
-    x = torch.cat([d[:, None], torch.ones(300, 511)], 1)
+    x = torch.ones(300, 512)
+    d = x[:, 0] = torch.linspace(0.005, 1.5, 300)
     curves = {"L1": d ** 0, "smooth L1": d.clamp(max=1), "L2": d}
     curves |= {f"LogExp({p})": logexp_grad(x, 0 * x, p)[:, 0] for p in (1, 2)}
     return {name: [*zip(d.tolist(), (y / y[199]).tolist())] for name, y in curves.items()}
@@ -429,19 +418,17 @@ def spread(identity, embeddings):
         identity[chosen] == who].tolist() for px, part in zip(embeddings, x) for who in people}
 
 def draw(folder, name, curves):
-    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it. The legend leaves
-    out labels that begin with _, and shortens the paths of checkpoints."""
+    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (optional: imported where it is used)
     picture, kind = Figure((4.8, 3.6), layout="constrained"), name.split()[-1]
     ticks, xlabel, ylabel = AXES[kind]
     axes = picture.add_subplot(xlabel=xlabel, ylabel=ylabel)
     for i, (label, points) in enumerate(curves.items()):
         marker = {"marker": "ovsD"[i // 12], "ls": "", "ms": 4} if kind == "embeddings" else {}
-        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)
+        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)  # begins with _: not in the legend
         axes.plot(*zip(*points), color=COLOURS[i % 12], label=label, **marker)
     if ticks:
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, ticks)
+        axes.set(xscale="log", xticks=ticks, xticklabels=ticks)
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -478,29 +465,26 @@ def run(main):
     """Calls main; what is wrong with the user's files becomes one line, and exit status 1."""
     try:
         main()
-    except torch.OutOfMemoryError:
-        return "error: out of GPU memory: try a smaller --batch-size"
-    except (OSError, ValueError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         named = getattr(error, "filename", None)
         text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
         return "error: " + " ".join(text.split())  # one line, whatever names of files hold
-
-SETS = {  # option: reader, and what it reads
-    "--lfw": (read_lfw, "folder with pairs.txt and the aligned images"),
-    "--xqlfw": (partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt"),
-    "--bin": (read_bin, "verification set of InsightFace"),
-    "--scface": (read_scface, "folder with mugshots and surveillance images"),
-    "--tinyface": (read_tinyface, "TinyFace, or its Testing_Set")}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train.py, or InsightFace weights")
-    for option, (_, text) in SETS.items():
-        add(option, metavar="PATH", nargs="+", default=[], help=text)
+    def add_set(option, read, text):
+        add(option, metavar="PATH", nargs="+", action="extend", default=[], help=text, dest="sets",
+            type=lambda path: (read, path))
+    add_set("--lfw", read_lfw, "folder with pairs.txt and the aligned images")
+    add_set("--xqlfw", partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt")
+    add_set("--bin", read_bin, "verification set of InsightFace")
+    add_set("--scface", read_scface, "folder with mugshots and surveillance images")
+    add_set("--tinyface", read_tinyface, "TinyFace, or its Testing_Set")
     add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
-    add("--match", metavar="IMAGE", nargs="+", help="cosine similarities of aligned faces")
+    add("--match", metavar="IMAGE", nargs="+", default=[], help="cosines of aligned faces")
     add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
         help="to degrade pairs to, in pixels")
     add("--study", metavar="DIR", help="the paper's: 19 resolutions, and gradient norms on DIR, "
@@ -512,46 +496,46 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
+    if not args.sets and not args.study and len(args.match) < 2:
+        parser.error("nothing to do: give --lfw or another set, --study, or --match A B")
     sets = []
-    for read, path in ((read, path) for option, (read, _) in SETS.items()
-                       for path in dict.fromkeys(vars(args)[option[2:]])):
+    for read, path in dict.fromkeys(args.sets):
         os.stat(path)  # an error, if there is none
-        sets.append(read(path, *[args.scface_subjects] * (read is read_scface)))
-        if sets[-1].name in [data.name for data in sets[:-1]]:
-            sets[-1].name += f" of {path}"
-    if not sets and not args.study and len(args.match or []) < 2:
-        parser.error(f"nothing to do: give {', '.join(SETS)}, --study or --match A B")
-    for path in filter(None, (args.json, args.plots and os.path.join(args.plots, "x"))):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    open(args.json or os.devnull, "ab").close()  # fails now, not after hours
+        data = read(path, args.scface_subjects) if read is read_scface else read(path)
+        if data.name in [other.name for other in sets]:
+            data.name += f" of {path}"
+        sets.append(data)
     keep_memory()
-    rows, plots, backbones = [], defaultdict(dict), {path: load_backbone(no_bomb(path)).to(
+    backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
     options = args.device, args.amp, args.flip
-    for name in backbones if args.study else ():
-        plots["gradient"][name] = gradient_norms(name, backbones[name], args.study, *options[:2])
-        rows.append({"checkpoint": name, "gradient_norms": plots["gradient"][name]})
-        print(f"{name}: norm of the classification gradient",
-              ", ".join(f"{norm:.3g} at {px} px" for px, norm in plots["gradient"][name]))
-    def write_rows():  # after each set, so that little is lost
+    rows, plots = [], defaultdict(dict, distances=slopes())
+    def save():
         if args.json:
             write_file(args.json, json.dumps(rows).encode())
+        while plots and args.plots:
+            draw(args.plots, *plots.popitem())
+    save()  # what cannot be written fails now, not after hours
+    for name in backbones if args.study else ():
+        norms = gradient_norms(name, backbones[name], args.study, args.device, args.amp)
+        plots["gradient"][name] = norms
+        rows.append({"checkpoint": name, "gradient_norms": norms})
+        print(f"{name}: norm of the classification gradient",
+              ", ".join(f"{norm:.3g} at {px} px" for px, norm in norms))
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
-        for name, (i, a), (j, b) in ((name, *two) for name in backbones for two in
-                                     itertools.combinations(enumerate(args.match), 2)):
-            cosine = float(embeddings[name, SIZE][i] @ embeddings[name, SIZE][j])
-            rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
-            print(f"{cosine:7.3f}  {a}  {b}  {name}")
-    write_rows()
+        for name in backbones:
+            faces = zip(args.match, embeddings[name, SIZE])
+            for (a, x), (b, y) in itertools.combinations(faces, 2):
+                rows.append({"checkpoint": name, "match": [a, b], "cosine": float(x @ y)})
+                print(f"{x @ y:7.3f}  {a}  {b}  {name}")
+    save()
     for data in sets:
         resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
         rows += (new := evaluate(backbones, data, resolutions, *options, plots))
         print(table(new), flush=True)
-        write_rows()
-    for name, curves in {**plots, "distances": slopes()}.items() if args.plots else ():
-        draw(args.plots, name, curves)
+        save()  # after each set, so that little is lost
 
 if __name__ == "__main__":
     sys.exit(run(main))
