@@ -281,7 +281,8 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
                 embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
                 if not embeddings.isfinite().all():
                     raise ValueError(f"{key}: its embeddings are not finite numbers")
-                out.setdefault((key, px), torch.empty(len(sources), embeddings.shape[1]))
+                if i == 0:
+                    out[key, px] = torch.empty(len(sources), embeddings.shape[1])
                 out[key, px][part] = embeddings
             done, now = i + len(images), time.time()
             if now - shown > 5 or done == len(sources) and now - start > 5:
@@ -296,7 +297,8 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
     degraded to each of `resolutions`, a benchmark without pairs is taken as it is. Into `plots` go
     the curves to draw, {name of a picture: {label: [(x, y), ...]}}."""
     resolutions, rows = resolutions if data.pairs else [SIZE], []
-    plots, ends = defaultdict(dict) if plots is None else plots, (resolutions[0], resolutions[-1])
+    plots = defaultdict(dict) if plots is None else plots
+    ends = min(resolutions), max(resolutions)
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
                                device, amp, flip)
     for px, name in itertools.product(resolutions, backbones):
@@ -328,12 +330,12 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
             if px in ends:
                 plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
         rows += [] if cmcs else [row]
-        if px == resolutions[0] < SIZE:
+        if px == ends[0] < SIZE:
             error = (sharp - degraded).abs().numpy() * sharp.shape[1] ** 0.5
             density, edges = np.histogram(error, 60, (0, 4), density=True)
             curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1).tolist()
             plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve
-        if px == SIZE and data.identity is not None and data.identity.max() > 10:
+        if px == ends[0] and data.identity is not None and len(np.unique(data.identity)) > 12:
             plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
                 px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
     return rows
@@ -505,17 +507,20 @@ def main(argv=None):
         if data.name in [other.name for other in sets]:
             data.name += f" of {path}"
         sets.append(data)
+    if args.json:
+        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+        open(args.json, "ab").close()  # what cannot be written fails now, not after hours
     keep_memory()
     backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
     options = args.device, args.amp, args.flip
     rows, plots = [], defaultdict(dict, distances=slopes())
-    def save():
-        if args.json:
+    def save():  # after each set, so that little is lost
+        if args.json and rows:
             write_file(args.json, json.dumps(rows).encode())
         while plots and args.plots:
             draw(args.plots, *plots.popitem())
-    save()  # what cannot be written fails now, not after hours
+    save()  # the first picture
     for name in backbones if args.study else ():
         norms = gradient_norms(name, backbones[name], args.study, args.device, args.amp)
         plots["gradient"][name] = norms
@@ -535,7 +540,7 @@ def main(argv=None):
         resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
         rows += (new := evaluate(backbones, data, resolutions, *options, plots))
         print(table(new), flush=True)
-        save()  # after each set, so that little is lost
+        save()
 
 if __name__ == "__main__":
     sys.exit(run(main))
