@@ -382,11 +382,13 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
         scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
         head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
         head.load_state_dict(state["head"])
-        last = np.flatnonzero(labels == len(head.weight) - 1)[-1]  # those held out come behind
+        known = (labels < len(head.weight)).sum()  # those held out come behind
+        if known != state["args"]["images"]:
+            raise ValueError
     except Exception:  # of several kinds, for a checkpoint that another program made
         raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
                          ) from None
-    chosen = np.linspace(0, last, count).astype(int)
+    chosen = np.linspace(0, known - 1, count).astype(int)
     images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
     labels, head, curve = torch.from_numpy(labels[chosen]).to(device), head.to(device), []
@@ -520,7 +522,7 @@ def main(argv=None):
             write_file(args.json, json.dumps(rows).encode())
         while plots and args.plots:
             draw(args.plots, *plots.popitem())
-    save()  # the first picture
+    save()  # the first picture: a folder that cannot be written fails now, too
     for name in backbones if args.study else ():
         norms = gradient_norms(name, backbones[name], args.study, args.device, args.amp)
         plots["gradient"][name] = norms
@@ -533,8 +535,9 @@ def main(argv=None):
         for name in backbones:
             faces = zip(args.match, embeddings[name, SIZE])
             for (a, x), (b, y) in itertools.combinations(faces, 2):
-                rows.append({"checkpoint": name, "match": [a, b], "cosine": float(x @ y)})
-                print(f"{x @ y:7.3f}  {a}  {b}  {name}")
+                cosine = float(x @ y)
+                rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
+                print(f"{cosine:7.3f}  {a}  {b}  {name}")
     save()
     for data in sets:
         resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]

@@ -1517,6 +1517,7 @@ BAD_COMMANDS = [
     ("evaluate.py {run} --lfw {lfw} --json {run}/x.json", 1, r"last.pt: (File exists|Not a dir)"),
     ("evaluate.py {run} --study {empty}", 1, r"last.pt holds no classifier, or not of the ident"),
     ("evaluate.py {run} --study nowhere", 1, r"nowhere: No such file"),
+    ("evaluate.py {run} --study {other}", 1, r"last.pt holds no classifier, or not of the ident"),
     ("evaluate.py {run} --scface nowhere", 1, r"nowhere: No such file"),
     ("evaluate.py {run} --lfw {lfw} --json {lfw}", 1, r"lfw0: Is a directory"),
     ("evaluate.py {nan} --lfw {lfw}", 1, r"nan.pt: its embeddings are not finite numbers"),
@@ -1531,13 +1532,15 @@ def test_bad_command_lines(command, status, message, folder, lfw, trained, tmp_p
                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    shutil.copytree(folder, tmp_path / "other")  # as many people, one image more
+    shutil.copy(next(folder.glob("00/*.jpg")), tmp_path / "other" / "00" / "more.jpg")
     state = load_backbone(trained[0] / "last.pt").state_dict()
     torch.save(state, tmp_path / "bare.pt")
     torch.save({"backbone": {**state, "fc.bias": state["fc.bias"] * math.nan}, "head": 5},
                tmp_path / "nan.pt")
     script, *arguments = command.format(folder=folder, lfw=lfw, run=trained[0] / "last.pt",
                                         empty=tmp_path / "empty", bare=tmp_path / "bare.pt",
-                                        nan=tmp_path / "nan.pt").split()
+                                        nan=tmp_path / "nan.pt", other=tmp_path / "other").split()
     main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
     with pytest.raises(SystemExit) as stopped:
         sys.exit(evaluate.run(partial(main, arguments)))
