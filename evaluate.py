@@ -376,7 +376,7 @@ COLOURS = ["#008df9", "#e20134", "#009f81", "#8400cd", "#ffc33b", "#9f0162", "#0
 def gradient_norms(path, backbone, root, device, amp, count=256):
     """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
     all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
-    x_i spread evenly over `root`, the image folder that it was trained on."""
+    x_i (or all, if fewer) spread evenly over `root`, the image folder that it was trained on."""
     (sources, labels), state = image_folder(root), torch.load(path, "cpu", weights_only=True)
     try:
         scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
@@ -388,6 +388,7 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
     except Exception:  # of several kinds, for a checkpoint that another program made
         raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
                          ) from None
+    count = min(count, known)
     chosen = np.linspace(0, known - 1, count).astype(int)
     images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
