@@ -22,7 +22,7 @@ from torch import nn
 # ---- 1. Resolution augmentation: what a camera far away would have seen -------------------------
 def to_input(images, device):
     """(N, 3, H, W) uint8 RGB -> float in [-1, 1], channels last (fast convolutions), on device."""
-    images = images.to(device, non_blocking=True).float() / 127.5 - 1  # (v / 255 - .5) / .5
+    images = images.to(device).float() / 127.5 - 1  # (v / 255 - .5) / .5
     return images.contiguous(memory_format=torch.channels_last)
 
 def _matrices(old, new, channels, device):
@@ -51,7 +51,7 @@ def degrade(images, px):
         size, small = (height, width), (r, max(1, round(r * width / height)))
         steps = [_matrices(size, small, channels, images.device),
                  _matrices(small, size, channels, images.device)] if r < height else []
-        chosen = (px == r).nonzero().squeeze(1).to(images.device, non_blocking=True)
+        chosen = (px == r).nonzero().squeeze(1).to(images.device, non_blocking=images.is_cuda)
         for part in chosen.split(16 if images.is_cpu else n):  # 16 images fit a CPU's cache
             image = rows[part]
             with torch.autocast(images.device.type, enabled=False):
@@ -304,7 +304,7 @@ def check_gradient(p=1.0):
 # ---- 5. The training step of the paper ----------------------------------------------------------
 def random_flip(images):
     """Mirrors each image with probability one half."""
-    mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
+    mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=images.is_cuda)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 class LRFR(nn.Module):

@@ -1344,18 +1344,23 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
         train.main(["--data", str(tmp_path / "more"), *TINY, "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number):
-    command = [sys.executable, HERE / "train.py", "--data", folder, *TINY, "--epochs", "500",
-               "--workers", "2", "--out", tmp_path / "run"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.mark.parametrize(("number", "launcher", "send"), [
+    (signal.SIGTERM, [], os.killpg), (signal.SIGINT, [], os.killpg),  # to the workers, too, as a
+    (signal.SIGTERM, TORCHRUN, os.kill)])  # terminal, timeout or scancel does; torchrun passes on
+def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number, launcher, send):
+    command = [sys.executable, *launcher, HERE / "train.py", "--data", folder, *TINY, "--epochs",
+               "500", "--workers", "2", "--out", tmp_path / "run"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     for line in process.stdout:
         if "epoch 2/" in line:
-            os.killpg(process.pid, number)  # workers, too, as a terminal, timeout or scancel does
+            send(process.pid, number)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and err == ""
+    assert launcher or process.returncode == 128 + number and err == ""
     (step,) = re.findall(r"stopped at step (\d+), saved in \S+: the same command goes on", out)
     assert weights_of(tmp_path / "run")["step"] == int(step)
 
@@ -1393,8 +1398,7 @@ def test_a_run_goes_on_in_float16_and_back(folder, tmp_path):
 
 
 def torchrun(*arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", *map(str, arguments)], check=False, text=True,
+    return subprocess.run([sys.executable, *TORCHRUN, *map(str, arguments)], check=False, text=True,
                           capture_output=True, cwd=HERE, timeout=900)
 
 

@@ -335,7 +335,8 @@ def show_profile(lap, args, model, images, labels):
     seconds = spent.sum()
     for part, own in zip(parts[1:], spent):
         say(f"{part:>24} {1000 * own:9.1f} ms {own / seconds:6.1%}")
-    with FlopCounterMode(display=False) as counter:
+    with (FlopCounterMode(display=False) as counter, torch.no_grad(),
+          autocast(args.device, args.amp)):
         model(images, labels)
     work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
     matrix = torch.randn(4096, 4096, device=args.device, dtype=precision(args.device, args.amp))
@@ -369,7 +370,8 @@ def train(args):
              "scaler": scaler}
     begin = resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = DistributedDataParallel(model) if RANKS > 1 else model
+    parallel = (DistributedDataParallel(model, gradient_as_bucket_view=True) if RANKS > 1 else
+                model)
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
                         worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
@@ -411,7 +413,7 @@ def train(args):
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
         lr = optimiser.param_groups[0]["lr"] = learning_rate(step - 1, steps, args.lr)
-        images, labels = (x.to(args.device, non_blocking=True) for x in (images, labels))
+        images, labels = (x.to(args.device, non_blocking=x.is_pinned()) for x in (images, labels))
         images = to_input(jitter(images, args.jitter), args.device)
         with autocast(args.device, args.amp):
             loss, values = parallel(images, labels)
@@ -426,12 +428,15 @@ def train(args):
         losses.append(torch.stack([loss.detach(), *values.values()]))
         epoch_ends = step % per_epoch == 0
         save_now = epoch_ends or step % args.save_every == 0
-        if args.profile or not (len(losses) == 20 or save_now or (stops and RANKS == 1)):
+        stop = torch.tensor(len(stops))
+        if RANKS > 1:  # a signal to one stops all; on the CPU, so that no GPU waits for it
+            distributed.all_reduce(stop)
+        if args.profile or not (len(losses) == 20 or save_now or stop):
             continue
-        sums = torch.cat([torch.stack(losses).mean(0), loss.new_tensor([len(stops)])]) / RANKS
+        means = torch.stack(losses).mean(0) / RANKS
         if RANKS > 1:
-            distributed.all_reduce(sums)
-        mean, *means, stop = sums.tolist()  # waits for the device, as does float16's scaler
+            distributed.all_reduce(means)
+        mean, *means = means.tolist()  # waits for the device, as does float16's scaler
         if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
             raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
                              "lower --lr, in a new --out. The last good checkpoint: "
@@ -452,6 +457,8 @@ def train(args):
             test(each_epoch, step)
         if stop and step < steps:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
+            if RANKS > 1:
+                distributed.all_reduce(stop)  # the others wait until it is saved
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
     for name, handler in handlers.items():
@@ -470,10 +477,14 @@ def main(argv=None):
     if RANKS > 1:
         if args.device.type == "cuda":
             args.device = torch.device("cuda", torch.cuda.current_device())
-        distributed.init_process_group(timeout=timedelta(hours=3))  # rank 0 evaluates alone
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # one evaluates
     with tempfile.TemporaryDirectory() as scratch:
         args.out = scratch if args.profile else args.out
         return train(args)
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    status = run(main)
+    if status is None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(status)
