@@ -168,7 +168,7 @@ class IResNet(nn.Module):
             return self.features(self.fc(x.to(self.fc.weight.dtype)))
 
 OTHER_LAYOUTS = {"features.module.": "MagFace's", "input_layer.": "AdaFace's",
-                 "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none"}
+                 "layer1.0.bn2.": "torchvision's ResNet or the like", "": "none that is known"}
 
 def load_backbone(path):
     """An IResNet in eval mode, on the CPU, from a checkpoint of train.py or an InsightFace file.
@@ -268,7 +268,7 @@ def _logexp_terms(x, y, p):
 def logexp_loss(x, y, p=1.0):
     """Eq. (3): 1/(pD) log(1 + sum_i (e^{|x_i - y_i|^p} - 1)), averaged over the batch.
 
-    x, y: (N, D) embeddings. Returns a float32 scalar, exact for |x - y| from 1e-6 to |.|^p = 600.
+    x, y: (N, D) embeddings. Returns a scalar, exact from |x_i - y_i| = 1e-6 to |x_i - y_i|^p = 600.
     (The official code takes one log over the whole batch and does not divide by D.)
     """
     d, _, m, total = _logexp_terms(x, y, p)
@@ -314,7 +314,7 @@ class LRFR(nn.Module):
 
     maug: a callable that degrades a batch, or None for the plain baseline, L = CE(head(f_hr), y).
     distance: logexp_loss or another function of two (N, D) unit embeddings, or None. weight:
-    lambda; 300 suits LogExp, 16 does l1_loss and 180 l2_loss (as strong at a cosine of 0.5).
+    lambda; 300 suits LogExp(1), and is as strong as 720 of LogExp(2), 16 of L1, 180 of L2.
     pull_both: the distance moves both embeddings, as in the paper, not the degraded one alone.
     """
     def __init__(self, backbone, head, maug=None, distance=None, weight=300.0, pull_both=False):
@@ -338,7 +338,7 @@ class LRFR(nn.Module):
         if self.distance is not None:
             # Of unit embeddings, as in the official code: nothing else about them is ever compared.
             u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
-            # u_hr is a target that stays: moved, too, it lost accuracy at this weight.
+            # u_hr is a fixed target: moving it as well cost accuracy at this weight.
             distance = self.distance(u_hr if self.pull_both else u_hr.detach(), u_lr)
             loss, parts["distance"] = loss + self.weight * distance, distance.detach()
         return loss, parts
