@@ -370,8 +370,7 @@ def train(args):
              "scaler": scaler}
     begin = resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = (DistributedDataParallel(model, gradient_as_bucket_view=True) if RANKS > 1 else
-                model)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
                         worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
@@ -478,7 +477,7 @@ def main(argv=None):
         if args.device.type == "cuda":
             args.device = torch.device("cuda", torch.cuda.current_device())
         backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # one evaluates
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
     with tempfile.TemporaryDirectory() as scratch:
         args.out = scratch if args.profile else args.out
         return train(args)
