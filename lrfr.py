@@ -22,15 +22,16 @@ from torch import nn
 # ---- 1. Resolution augmentation: what a camera far away would have seen -------------------------
 def to_input(images, device):
     """(N, 3, H, W) uint8 RGB -> float in [-1, 1], channels last (fast convolutions), on device."""
-    images = images.to(device).float() / 127.5 - 1  # (v / 255 - .5) / .5
-    return images.contiguous(memory_format=torch.channels_last)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"pixels are uint8, 0 to 255, got {images.dtype}")
+    return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 def _matrices(old, new, channels, device):
     """The linear maps that resize (N, H, W * channels) from old = (H, W) to new as Pillow does: one
     to multiply from the left, one from the right. Resizing an identity matrix gives them."""
-    down, across = (F.interpolate(torch.eye(o, device=device)[None, None], (n, o), mode="bicubic",
-                                  antialias=True)[0, 0] for o, n in zip(old, new))  # (n, o) each
-    return down, torch.kron(across, torch.eye(channels, device=device)).T  # R, G, B side by side
+    down, across = (F.interpolate(torch.eye(o, device=device).float()[None, None], (n, o),
+                    mode="bicubic", antialias=True)[0, 0] for o, n in zip(old, new))  # (n, o) each
+    return down, torch.kron(across, torch.eye(channels, device=device).float()).T  # RGB, RGB ...
 
 def degrade(images, px):
     """Bicubic down to `px` rows (antialiased) and back up, as Pillow does it; not in place.
@@ -42,7 +43,7 @@ def degrade(images, px):
     if not images.is_floating_point():
         raise ValueError(f"images are floats in [-1, 1], got {images.dtype}")
     n, channels, height, width = images.shape
-    px = torch.as_tensor(px).expand(n)
+    px = torch.as_tensor(px, device="cpu").expand(n)
     rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)  # channels last: a view
     out = torch.empty_like(images)
     for r in px.unique().tolist():
@@ -83,8 +84,8 @@ class MAug:
         if len(resolutions) != len(ratio):
             raise ValueError(f"{len(resolutions)} resolutions, but a ratio of {len(ratio)} numbers")
         parse_ratio(":".join(map(str, ratio)))
-        self.resolutions = torch.tensor(resolutions, dtype=torch.int64)
-        self.ratio = torch.tensor(ratio, dtype=torch.float64)
+        self.resolutions = torch.tensor(resolutions, dtype=torch.int64, device="cpu")
+        self.ratio = torch.tensor(ratio, dtype=torch.float64, device="cpu")
 
     def sample(self, n):
         """Resolutions for n images: (n,) int64 on the CPU."""
@@ -107,14 +108,14 @@ class _PReLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, slope = ctx.saved_tensors
         grad_x = torch.ops.aten.threshold_backward(grad, x, 0)  # where x > 0, and 0 elsewhere
-        grad_x.lerp_(grad, slope.to(x.dtype)[:, None, None])
+        grad_x.lerp_(grad.to(x.dtype), slope.to(x.dtype)[:, None, None])
         # sum of grad * min(x, 0): the weight gradient of a convolution with one tap per channel
         return grad_x, torch.nn.grad.conv2d_weight(
-            x.clamp(max=0), (len(slope), 1, 1, 1), grad, groups=len(slope)).flatten()
+            x.clamp(max=0), (len(slope), 1, 1, 1), grad.to(x.dtype), groups=len(slope)).flatten()
 
 class PReLU(nn.PReLU):
     def forward(self, x):
-        ours = x.device.type == "cpu" and torch.is_grad_enabled()
+        ours = x.is_cpu and x.ndim == 4 and torch.is_grad_enabled() and not torch.jit.is_tracing()
         return _PReLU.apply(x, self.weight) if ours else super().forward(x)
 
 class Block(nn.Module):
@@ -177,7 +178,7 @@ def load_backbone(path):
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("backbone", state) if isinstance(state, dict) else {}
+        state = state.get("backbone", state.get("state_dict_backbone", state))  # InsightFace's runs
         state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)
                  and not v.is_complex() and v.untyped_storage().nbytes() >= v.nbytes}  # no views
     except Exception as error:  # of a dozen kinds, for a file that is cut short, or holds code
@@ -236,7 +237,7 @@ class ArcFace(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             weight = self.weight.float()  # divided by below: a copy of a million classes is 2 GB
             cos = F.normalize(embeddings.float()) @ weight.T / weight.norm(dim=1).clamp(min=1e-12)
-            own = cos.gather(1, labels[:, None])  # (N, 1) out of (N, classes)
+            own = cos.gather(1, labels.view(len(cos), 1))  # (N, 1) out of (N, classes)
             sin = (1 - own.square()).clamp(min=1e-6).sqrt()  # infinitely steep at theta = 0 and pi
             cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
             with_margin = own * cos_m - sin * sin_m  # cos(theta + m)
@@ -294,12 +295,11 @@ def check_gradient(p=1.0):
     """Largest difference between analytic, autograd and finite-difference gradients, in float64."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 4, 16, dtype=torch.float64, generator=generator)
-    analytic = logexp_grad(x, y, p)
     (autograd,) = torch.autograd.grad(logexp_loss(x.requires_grad_(), y, p), x)
     steps = 1e-6 * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)  # one element each
-    finite = [(logexp_loss(x + e, y, p) - logexp_loss(x - e, y, p)) / 2e-6 for e in steps]
-    finite = torch.stack(finite).view_as(analytic)
-    return max((analytic - other).abs().max().item() for other in (autograd, finite))
+    finite = torch.stack([logexp_loss(x + e, y, p) - logexp_loss(x - e, y, p) for e in steps])
+    others = torch.stack([autograd, finite.view_as(x) / 2e-6])
+    return (logexp_grad(x, y, p) - others).abs().max().item()  # nan, if any is
 
 # ---- 5. The training step of the paper ----------------------------------------------------------
 def random_flip(images):

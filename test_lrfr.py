@@ -130,6 +130,23 @@ def test_degrade_keeps_shape_and_type():
         degrade(flat, 0)
     with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
         degrade(flat.byte(), 7)
+    with pytest.raises(ValueError, match="pixels are uint8, 0 to 255, got torch.float32"):
+        lrfr.to_input(flat, "cpu")
+
+
+def test_maug_whatever_torchs_defaults():
+    """Draws stay on the CPU, and the resize matrices float32."""
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    torch.manual_seed(0)
+    expected = MAug()(images)
+    with torch.device("meta"):
+        maug = MAug()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(maug(images), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_ratio():
@@ -212,6 +229,9 @@ def test_prelu_is_that_of_torch(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+    flat = torch.randn(4, 3, requires_grad=True)  # not of pictures
+    (grad,) = torch.autograd.grad(ours(flat).sum(), flat)
+    assert torch.equal(grad, torch.autograd.grad(theirs(flat).sum(), flat)[0])
 
 
 def test_load_backbone_takes_ours_and_insightface(tmp_path):
@@ -219,6 +239,7 @@ def test_load_backbone_takes_ours_and_insightface(tmp_path):
     backbone, images = IResNet(18, 8, 16).eval(), torch.randn(2, 3, 112, 112)
     state, expected = backbone.state_dict(), backbone(images)
     files = {"ours.pt": {"backbone": state, "args": {"p": 1.0}}, "insightface.pth": state,
+             "checkpoint_gpu_0.pt": {"epoch": 1, "state_dict_backbone": state},  # of InsightFace
              "module.pth": {f"module.{k}": v for k, v in state.items()}}
     for name, content in files.items():
         torch.save(content, tmp_path / name)
@@ -243,7 +264,7 @@ def test_load_backbone_refuses_everything_else(tmp_path, monkeypatch):
         "ada.pth": ({"model.input_layer.0.weight": torch.zeros(1)}, "AdaFace"),
         "mag.pth": ({f"features.module.{k}": v for k, v in state.items()}, "MagFace"),
         "resnet.pth": (torchvision.models.resnet18().state_dict(), "torchvision"),
-        "list.pth": ([1, 2], "looks like none"),
+        "list.pth": ([1, 2], "not a checkpoint"),
         "other.pth": ({"a": torch.zeros(1)}, "looks like none"),
         "views.pth": (views, "not InsightFace"),
         "narrow.pth": (narrow, "fc.bias"), "bomb.pth": (Bomb(), "not a checkpoint"),
@@ -295,11 +316,11 @@ def test_embed_gives_unit_vectors_for_every_flip():
 @pytest.mark.filterwarnings("ignore")  # torch would rather have one export it
 def test_a_backbone_can_be_traced_and_cast():
     backbone, images = IResNet(10, 16, 16).eval(), torch.randn(2, 3, 112, 112)
+    traced = torch.jit.trace(backbone, images)
+    assert traced.save_to_buffer()
     with torch.no_grad():
         expected = backbone(images)
-        traced = torch.jit.trace(backbone, images)
         assert torch.allclose(traced(images), expected, atol=1e-5)
-        assert traced.save_to_buffer()
         cast = backbone.bfloat16()(images.bfloat16())
     assert cast.dtype == torch.bfloat16
     assert F.cosine_similarity(cast.float(), expected).min() > 0.98
@@ -367,6 +388,8 @@ def test_arcface_at_its_ends():
     for bad in (-1, 1):
         with pytest.raises(ValueError, match=f"{bad}.*expected 0 to 0"):
             head(torch.randn(1, 2), torch.tensor([bad]))
+    with pytest.raises(RuntimeError, match="invalid for input of size 1"):
+        head(torch.randn(2, 2), torch.tensor([0]))  # twice as many embeddings: no margin for half
 
 
 # ---- 4. Distances -------------------------------------------------------------------------------
@@ -424,6 +447,11 @@ def test_check_gradient_can_fail(monkeypatch):
     right = lrfr.logexp_grad
     monkeypatch.setattr(lrfr, "logexp_grad", lambda x, y, p: right(x, y, p) * 1.001)
     assert check_gradient(1.0) > 1e-6
+    monkeypatch.undo()
+    loss = lrfr.logexp_loss  # nan in the finite differences alone
+    monkeypatch.setattr(lrfr, "logexp_loss", lambda x, y, p: loss(x, y, p) * (
+        1 if x.is_leaf else math.nan))
+    assert math.isnan(check_gradient(1.0))
 
 
 def test_half_precision_embeddings_do_not_overflow():
