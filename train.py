@@ -10,19 +10,17 @@ import json
 import math
 import os
 import signal
-import sys
-import tempfile
 import time
 from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import encode_jpeg
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -35,10 +33,7 @@ from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_los
 RANK = int(os.environ.get("RANK", "0"))  # this one among torchrun's processes
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 MAGIC = 0xced7230a  # the first four bytes of each record of a RecordIO file
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
+say = partial(print, flush=True) if RANK == 0 else lambda text: None
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
@@ -63,11 +58,6 @@ class Faces(Dataset):
                 wrong = wrong or str(error)  # of image i; the others have their turns
         return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), 0, wrong
 
-    def part(self, chosen, first=0):
-        """The chosen images alone (a mask), with `first` taken from their labels."""
-        i = np.flatnonzero(chosen)
-        return Faces(self.name, self.sources[i], self.labels[i] - first, self.read)
-
 def read_record(path, offset):
     """The image file in the record at a byte offset; opens anew, so that nothing is shared."""
     parts, flag = [], 1
@@ -85,48 +75,42 @@ def read_record(path, offset):
 
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
-    heads = bytearray()
-    with open(path, "rb", buffering=0) as file:
-        for offset in offsets.tolist():
-            file.seek(offset)
-            heads += file.read(36).ljust(36)
-    magic, length, count, label, *_, first = np.frombuffer(heads, "<u4").reshape(-1, 9).T
+    with open(path, "rb") as file:
+        heads = (os.pread(file.fileno(), 36, offset) for offset in offsets)
+        heads = np.fromiter(heads, "S36", len(offsets)).view("<u4").reshape(-1, 9)
+    magic, length, count, label, *_, first = heads.T
     if (magic != MAGIC).any():
         raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: it is damaged, "
                          "or cut short, or not that of its .idx")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
-    """`root`/train.rec and train.idx -> Faces. InsightFace's hold a header with the key behind the
-    last image, the images, then a record for each identity with the key of its first image, so
-    that few reads tell all labels. im2rec's hold images alone."""
+    """`root`/train.rec and train.idx -> byte offsets (n,) of images, labels (n,), and what reads an
+    image. InsightFace's hold a header with the key behind the last image, the images, then a record
+    for each identity with the key of its first: few reads tell all. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
         lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else []
         keys, offsets = np.reshape(lines, (-1, 2)).T
-        if len(keys) < 2 or offsets.min() < 0 or offsets.max() > 2**43:  # what one can seek
-            raise ValueError(f"{len(keys)} records, at {offsets[:2]} to {offsets[-1:]}")
+        if len(keys) < 2 or not 0 <= offsets.min() <= offsets.max() < os.path.getsize(path):
+            raise ValueError(f"{len(keys)} records, not all of them in train.rec; is it cut short?")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
-    last, size = np.fromfile(path, "<u4", 2, offset=offsets.max()), os.path.getsize(path)
-    if len(last) == 2 and last[0] == MAGIC and last[1] < min(2**29, size - offsets.max() - 15):
-        raise ValueError(f"{index}: cut short: {path} goes on behind its last record")
     (header,), (image,) = read_labels(path, offsets[:1])
     end = len(keys) if image else np.searchsorted(keys, header)  # of the images
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
     counts = np.diff(firsts, append=end)  # images of each
     if len(firsts) and keys[-1] < 2**24 and firsts[0] == 1 and (counts > 0).all():
-        offsets, labels = offsets[1:end], read_labels(path, offsets[firsts])[0].repeat(counts)
+        offsets, labels = offsets[1:end], np.arange(len(firsts)).repeat(counts)
     else:  # im2rec's, or keys that float32 cannot hold
         labels, images = read_labels(path, offsets)
         offsets, labels = offsets[images], labels[images]
     if not len(labels) or not ((labels >= 0) & (labels < len(labels)) & (labels % 1 == 0)).all():
         raise ValueError(f"{path}: labels out of range: expected 0 to {len(labels) - 1} or less")
-    return Faces(path, offsets, labels.astype(np.int32), partial(read_record, path))
+    return offsets, labels.astype(np.int32), partial(read_record, path)
 
 SKIN, HAIR, IRIS, LIPS, WHITE = range(5)
-PALETTE = torch.tensor([[0.78, 0.6, 0.46], [0.3, 0.24, 0.18], [0.3, 0.28, 0.3], [0.68, 0.34, 0.34],
-                        [0.94, 0.94, 0.94]])
+PALETTE = torch.tensor([[78, 60, 46], [30, 24, 18], [30, 28, 30], [68, 34, 34], [94, 94, 94]]) / 100
 FACE = [  # which traits, colour, shade; x (twice, if not 0), y, half width and height; depth; bend
     (0, HAIR, 1.0, 0, -0.16, 0.7, 0.72, -0.6, 0), (1, HAIR, 1.0, 0, 0.1, 0.64, 0.7, -0.8, 0),
     (2, SKIN, 0.8, 0, 0.95, 0.34, 0.5, -0.8, 0), (2, SKIN, 0.85, 0.58, 0.02, 0.08, 0.16, -0.5, 0),
@@ -139,7 +123,7 @@ FACE = [  # which traits, colour, shade; x (twice, if not 0), y, half width and 
     (8, LIPS, 1, 0, 0.53, 0.2, 0.055, 0.6, 0.5), (8, LIPS, 0.45, 0, 0.53, 0.17, 0.02, 0.6, 0.5)]
 
 def draw_faces(traits, rng):
-    """Traits (N, 13, 5) of people, in [-1, 1] -> (N, 112, 112, 3) uint8, one picture of each: soft
+    """Traits (N, 13, 5) of people, in [-1, 1] -> (N, 3, 112, 112) uint8, one picture of each: soft
     ellipses, in units of half a picture, with pose, expression, light, background and noise."""
     n, t = len(traits), traits[..., None, None]  # each trait is (N, 1, 1)
     yaw, pitch, roll, near, right, down, smile, lit_x, lit_y, bright, warm = torch.randn(
@@ -163,38 +147,38 @@ def draw_faces(traits, rng):
     light = 1 + 0.2 * bright + 0.25 * lit_x * u + 0.15 * lit_y * v
     canvas = canvas * torch.stack([light + 0.07 * warm, light, light - 0.07 * warm], 1)
     canvas = canvas + 0.03 * torch.randn(canvas.shape, generator=rng)
-    return (canvas.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+    return (canvas.clamp(0, 1) * 255).byte()
 
 def demo_faces(people, pictures, seed):
     """Synthetic people, with so many pictures of each, as Faces whose sources are JPEG files."""
     rng, files = torch.Generator().manual_seed(seed), []
     traits = torch.rand(people, 13, 5, generator=rng) * 2 - 1
     for part in traits.repeat_interleave(pictures, 0).split(32):
-        for pixels in draw_faces(part, rng).numpy():
-            Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
-            files.append(file.getvalue())
+        drawn = encode_jpeg([*draw_faces(part, rng)], quality=90)
+        files += [file.numpy().tobytes() for file in drawn]
     return Faces("demo", np.array(files, object), np.arange(people).repeat(pictures))
 
 def open_data(name, holdout):
-    """--data -> the identities to train on, those held out, and paths of .bin sets."""
+    """--data -> the identities to train on, those held out, and the .bin sets beside them."""
     if name == "demo":
-        say("drawing the demo's faces")
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next(filter(os.path.isdir, (name, os.path.join("data", name))), None)
     if root is None:
-        raise ValueError(f"--data {name}: no folder {name}, no data/{name}; it should hold aligned"
-                         " faces as identity/image.jpg, or train.rec and train.idx (MS1M: see "
-                         "github.com/deepinsight/insightface/wiki/Dataset-Zoo); or try --data demo")
+        raise ValueError(f"--data {name}: no folder {name}, no data/{name}; MS1M: see github.com/"
+                         "deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo")
     packed = os.path.exists(os.path.join(root, "train.rec"))
-    faces = record_file(root) if packed else Faces(root, *image_folder(root))
+    sources, labels, *read = record_file(root) if packed else image_folder(root)
+    classes = int(labels.max(initial=-1)) + 1
     if holdout is None:  # two or more, or none where they are few
-        holdout = min(100, faces.classes // 20) * (faces.classes >= 40)
-    first = faces.classes - holdout  # of those held out
+        holdout = min(100, classes // 20) * (classes >= 40)
+    first = classes - holdout  # of those held out
     if first < 2:
-        raise ValueError(f"{root}: {len(faces)} images of {faces.classes} identities, --holdout "
+        raise ValueError(f"{root}: {len(labels)} images of {classes} identities, --holdout "
                          f"{holdout}: two or more must be left, as identity/image.jpg")
-    bins = sorted(os.path.join(root, x) for x in os.listdir(root) if packed and x.endswith(".bin"))
-    return faces.part(faces.labels < first), faces.part(faces.labels >= first, first), bins
+    kept, name = labels < first, os.path.join(root, "train.rec")
+    bins = [read_bin(os.path.join(root, x)) for x in sorted(os.listdir(root)) if x.endswith(".bin")]
+    return (Faces(name, sources[kept], labels[kept], *read),
+            Faces(name, sources[~kept], labels[~kept] - first, *read), bins)
 
 def jitter(images, strength):
     """Turns, shifts, scales and lights each of (N, 3, H, W) uint8 at random: few people are learnt
@@ -261,28 +245,13 @@ def parse_arguments(argv):
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
     args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
     data = os.path.basename(os.path.normpath(args.data))
-    loss = f"logexp-p{args.p:g}" if args.loss == "logexp" else args.loss
-    name = f"{data}-{args.backbone}-{args.maug}-{loss}-seed{args.seed}"
+    name = f"{data}-{args.backbone}-{args.maug}-{args.loss}-p{args.p:g}-seed{args.seed}"
     args.out = args.out or os.path.join("runs", name.replace(":", "_"))
     return args
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
     return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
-
-def build(args):
-    """Arguments -> the model that computes the loss, its optimiser, and its gradient scaler."""
-    backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
-                IResNet(int(args.backbone[1:]), args.width))
-    distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
-    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
-    head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
-    model = model.train().to(args.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=5e-4)
-    fp16 = precision(args.device, args.amp) == torch.float16
-    return model, optimiser, torch.amp.GradScaler(args.device.type, enabled=fp16)
 
 def resume(args, parts):
     """Loads the run's newest whole checkpoint, which must agree with args -> its step, or 0."""
@@ -291,41 +260,33 @@ def resume(args, parts):
     for path in filter(os.path.exists, paths if RANK == 0 else ()):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
-            step, old = int(state["step"]), dict(state["args"])
-        except OSError:
-            raise
-        except Exception:  # torch raises a dozen kinds for a damaged file
+            for key, new in vars(args).items():
+                old = state["args"].get(key)
+                if key not in free and old != new:
+                    raise SystemExit(f"error: {path} was made with {key} {old}, not {new}: give "
+                                     "the same, or another --out")
+            say(f"going on from step {state['step']:,} of {path}")
+            found = [state]
+            break
+        except Exception:  # torch raises a dozen kinds for a damaged file (SystemExit is none)
             os.replace(path, f"{path}.damaged")
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
-            continue
-        for key, value in vars(args).items():
-            if key not in free and old.get(key) != value:
-                raise ValueError(f"{path} was made with {key} {old.get(key)}, not {value}: give "
-                                 "the same, or another --out")
-        say(f"going on from step {step:,} of {path}")
-        found = [state]
-        break
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
-    (state,) = found
-    try:
-        for key, part in parts.items() if state["step"] else ():
-            if key != "scaler" or state[key]:  # it has a state in float16 alone
-                part.load_state_dict(state[key])
-    except Exception:  # of a dozen kinds again
-        raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
-    return state["step"]
+    for key, part in parts.items():
+        if found[0].get(key):  # none has a state at the beginning; a scaler, in float16 alone
+            part.load_state_dict(found[0][key])
+    return found[0]["step"]
 
 def stopwatch(model, device):
     """-> lap, a function that notes in lap.ends that a part of a step ends now."""
-    def lap(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def lap(part, *_):
+        torch.zeros(1, device=device).item()  # waits for the device
         lap.ends.append((part, time.perf_counter()))
     lap.ends = []
-    model.backbone.register_forward_pre_hook(lambda *_: lap("crops, flips and MAug"))
-    model.backbone.register_forward_hook(lambda *_: lap("backbone, forward"))
-    model.backbone.register_full_backward_pre_hook(lambda *_: lap("head and losses"))
+    model.backbone.register_forward_pre_hook(partial(lap, "crops, flips and MAug"))
+    model.backbone.register_forward_hook(partial(lap, "backbone, forward"))
+    model.backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
     return lap
 
 def show_profile(lap, args, model, images, labels):
@@ -335,45 +296,61 @@ def show_profile(lap, args, model, images, labels):
     seconds = spent.sum()
     for part, own in zip(parts[1:], spent):
         say(f"{part:>24} {1000 * own:9.1f} ms {own / seconds:6.1%}")
-    with (FlopCounterMode(display=False) as counter, torch.no_grad(),
-          autocast(args.device, args.amp)):
+    with FlopCounterMode(display=False) as counter, autocast(args.device, args.amp):
         model(images, labels)
     work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
     matrix = torch.randn(4096, 4096, device=args.device, dtype=precision(args.device, args.amp))
-    for _ in range(6):  # the first warms up
-        matrix @ matrix
-        lap("product")
-    rate = 2e-9 * 4096 ** 3 / np.diff([end for _, end in lap.ends[-6:]]).mean()
+    product = Timer("x @ x", globals={"x": matrix}, num_threads=torch.get_num_threads()).timeit(5)
+    rate = 2e-9 * 4096 ** 3 / product.mean
     say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
         f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
         f"{rate:,.0f} in {matrix.dtype}")
 
-def ignore_signals(_):  # in a worker: they may go to the whole group, but training decides
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def on_signals(handler, *_):
+    """Sets what Ctrl-C and SIGTERM do, in a worker, too: they may go to the whole group."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handler)
 
-def train(args):
-    """The whole run, from the data to the last table; returns the trained model."""
+def main(argv=None):
+    """The whole run, from the arguments to the last table; returns the trained model."""
+    if RANKS > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    args = parse_arguments(argv)
+    keep_memory()
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
     torch.manual_seed(args.seed)
     faces, held_out, bins = open_data(args.data, args.holdout)
     args.images, args.classes = len(faces), faces.classes
-    model, optimiser, scaler = build(args)
     per_epoch = len(faces) // args.batch_size
-    if not per_epoch or args.batch_size < 2 * RANKS or args.batch_size % RANKS:
-        raise ValueError(f"--batch-size {args.batch_size}, but there are {len(faces)} images, and "
-                         f"processes, each of which takes as many, two or more: {RANKS}")
-    each_epoch = [read_bin(path) for path in bins]
-    whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])  # readable ones
-    files = [*map(whole.read, whole.sources)]
-    at_the_end = [make_pairs("held-out identities", files, whole.labels)] if files else []
-    parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
-             "scaler": scaler}
-    begin = resume(args, parts)
+    if not per_epoch or args.batch_size % RANKS:
+        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
+                         f"must be a multiple of the number of processes, {RANKS}")
+    whole = [i for i in range(len(held_out)) if not held_out[i][2]]  # readable ones
+    files = [held_out.read(held_out.sources[i]) for i in whole]
+    at_the_end = [make_pairs("held-out identities", files, held_out.labels[whole])] if files else []
+
+    backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
+                IResNet(int(args.backbone[1:]), args.width))
+    head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
+    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
+    distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
+    model = model.train().to(args.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
+                                weight_decay=5e-4)
+    fp16 = precision(args.device, args.amp) == torch.float16
+    scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
+    parts = {"backbone": backbone, "head": head, "optimiser": optimiser, "scaler": scaler}
+    begin = 0 if args.profile else resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if RANKS > 1 else model
+    parallel = (torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+                if RANKS > 1 else model)
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
-                        worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
+                        worker_init_fn=partial(on_signals, signal.SIG_IGN),
+                        pin_memory=args.device.type == "cuda")
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
     if RANK == 0:
         save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
@@ -387,27 +364,26 @@ def train(args):
                 print(json.dumps(entry), file=file)
 
     def test(benchmarks, step):
-        model.eval()
         for data in benchmarks if RANK == 0 else []:
-            rows = evaluate({args.out: model.backbone}, data, RESOLUTIONS, args.device, args.amp)
+            rows = evaluate({args.out: backbone.eval()}, data, RESOLUTIONS, args.device, args.amp)
             report(table(rows), step=step, evaluation=rows)
-        model.train()
+        backbone.train()
 
     report(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
            f"the run goes to {args.out}", args=arguments, begin=begin)
     stops = []  # signals that have come in
-    handlers = {name: signal.signal(name, lambda name, _: stops.append(name))
-                for name in (signal.SIGINT, signal.SIGTERM) if not args.profile}
+    if not args.profile:
+        on_signals(lambda name, _: stops.append(name))
     lap = stopwatch(model, args.device) if args.profile else lambda part: None
     begun = logged = time.time()
-    bad, losses = set(), []  # messages; the loss and its parts of each step since the last line
+    bad, losses = {""}, []  # messages; the loss and its parts of each step since the last line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
-        for error in {*errors} - {"", *bad}:
+        for error in {*errors} - bad:
             bad.add(error)
             report(f"skipped: {error}", step=step, skipped=error)
-            if len(bad) > len(faces) / 1000:
-                raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more than 1 "
-                                 f"in 1,000; the last: {error}")
+            if len(bad) - 1 > len(faces) / 1000:
+                raise ValueError(f"{len(bad) - 1} of {len(faces):,} images cannot be read, more "
+                                 f"than 1 in 1,000; the last: {error}")
         lap("reading and decoding")
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
@@ -420,12 +396,12 @@ def train(args):
         scaler.scale(loss).backward()
         lap("backbone, backward")
         scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
         scaler.step(optimiser)
         scaler.update()
         lap("optimiser")
         losses.append(torch.stack([loss.detach(), *values.values()]))
-        epoch_ends = step % per_epoch == 0
+        epoch, epoch_ends = math.ceil(step / per_epoch), step % per_epoch == 0
         save_now = epoch_ends or step % args.save_every == 0
         stop = torch.tensor(len(stops))
         if RANKS > 1:  # a signal to one stops all; on the CPU, so that no GPU waits for it
@@ -435,55 +411,34 @@ def train(args):
         means = torch.stack(losses).mean(0) / RANKS
         if RANKS > 1:
             distributed.all_reduce(means)
-        mean, *means = means.tolist()  # waits for the device, as does float16's scaler
-        if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
-            raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
-                             "lower --lr, in a new --out. The last good checkpoint: "
+        values = dict(zip(["loss", *values], means.tolist()))  # waits for the device
+        if not math.isfinite(values["loss"]) and scaler.get_scale() <= 1:  # a scaler may help
+            raise ValueError(f"the loss is {values['loss']} at step {step}, learning rate {lr:.3g}:"
+                             " try a lower --lr, in a new --out. The last good checkpoint: "
                              f"{last if os.path.exists(last) else 'none yet'}")
-        values, epoch = dict(zip(values, means)), (step - 1) // per_epoch + 1
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         rate = len(losses) * args.batch_size / (time.time() - logged)
         left = timedelta(0, (steps - step) * args.batch_size // rate)
-        report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
-               f"lr {lr:.4f}  {rate:.0f} images/s  {left} left", epoch=epoch, step=step, loss=mean,
-               **values, lr=lr, images_per_s=rate)
+        report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  {shown}  lr {lr:.4f}  "
+               f"{rate:.0f} images/s  {left} left",
+               epoch=epoch, step=step, **values, lr=lr, images_per_s=rate)
         if RANK == 0 and (save_now or stop):
             state = {key: part.state_dict() for key, part in parts.items()}
             with io.BytesIO() as file:  # frees its memory
                 torch.save({**state, "step": step, "args": arguments}, file)
                 write_file(last, file.getvalue(), previous=os.path.join(args.out, "previous.pt"))
         if epoch_ends:
-            test(each_epoch, step)
-        if stop and step < steps:
+            test(bins, step)
+        if stop:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
-            if RANKS > 1:
-                distributed.all_reduce(stop)  # the others wait until it is saved
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
     if args.profile:
         return show_profile(lap, args, model, images, labels)
+    on_signals(signal.SIG_DFL)
     test(at_the_end, steps)
     say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
     return model
 
-def main(argv=None):
-    if RANKS > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    args = parse_arguments(argv)
-    keep_memory()
-    if RANKS > 1:
-        if args.device.type == "cuda":
-            args.device = torch.device("cuda", torch.cuda.current_device())
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
-    with tempfile.TemporaryDirectory() as scratch:
-        args.out = scratch if args.profile else args.out
-        return train(args)
-
 if __name__ == "__main__":
-    status = run(main)
-    if status is None and distributed.is_initialized():
-        distributed.destroy_process_group()
-    sys.exit(status)
+    raise SystemExit(run(main))
