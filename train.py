@@ -13,11 +13,11 @@ import signal
 import time
 from datetime import timedelta
 from functools import partial
+from timeit import repeat
 
 import numpy as np
 import torch
 from torch import distributed
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import encode_jpeg
@@ -34,16 +34,15 @@ RANK = int(os.environ.get("RANK", "0"))  # this one among torchrun's processes
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 MAGIC = 0xced7230a  # the first four bytes of each record of a RecordIO file
 say = partial(print, flush=True) if RANK == 0 else lambda text: None
+all_reduce = distributed.all_reduce if RANKS > 1 else lambda values: None  # sum over ranks
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
-    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "". In
-    place of an image that cannot be read comes the next that can, and "" tells what was wrong.
-
-    read: one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
+    """Labelled faces: item i is (3, 112, 112) uint8 RGB, its label, and "". In place of an image
+    that cannot be read comes the next that can, and instead of "" what was wrong with it. read:
+    one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
     def __init__(self, name, sources, labels, read=os.fspath):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
-        self.classes = int(self.labels.max(initial=-1)) + 1
 
     def __len__(self):
         return len(self.labels)
@@ -65,11 +64,10 @@ def read_record(path, offset):
         file.seek(offset)
         while flag in (1, 2):  # 0 is a whole record; 1, then some 2, then 3 are parts of one
             magic, word = np.frombuffer(file.read(8).ljust(8), "<u4").tolist()
-            flag, length = word >> 29, word & (1 << 29) - 1
-            parts.append(file.read(length))
+            flag, length = divmod(word, 1 << 29)
+            parts.append(file.read(length + -length % 4)[:length])  # padded to four bytes
             if magic != MAGIC or flag > 3 or len(parts[-1]) < length:
                 raise ValueError(f"{path}: no whole record at byte {offset}")
-            file.seek(-length % 4, os.SEEK_CUR)
     payload = MAGIC.to_bytes(4, "little").join(parts)  # it was split where it holds the magic
     return payload[24 + 4 * int.from_bytes(payload[:4], "little"):]  # behind its labels
 
@@ -80,8 +78,7 @@ def read_labels(path, offsets):
         heads = np.fromiter(heads, "S36", len(offsets)).view("<u4").reshape(-1, 9)
     magic, length, count, label, *_, first = heads.T
     if (magic != MAGIC).any():
-        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: it is damaged, "
-                         "or cut short, or not that of its .idx")
+        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}; is it damaged?")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
@@ -169,20 +166,18 @@ def open_data(name, holdout):
     packed = os.path.exists(os.path.join(root, "train.rec"))
     sources, labels, *read = record_file(root) if packed else image_folder(root)
     classes = int(labels.max(initial=-1)) + 1
-    if holdout is None:  # two or more, or none where they are few
-        holdout = min(100, classes // 20) * (classes >= 40)
-    first = classes - holdout  # of those held out
+    holdout = min(100, classes // 20) * (classes >= 40) if holdout is None else holdout
+    first = classes - holdout  # of those held out: by default two or more, or none of few
     if first < 2:
         raise ValueError(f"{root}: {len(labels)} images of {classes} identities, --holdout "
                          f"{holdout}: two or more must be left, as identity/image.jpg")
-    kept, name = labels < first, os.path.join(root, "train.rec")
+    kept = labels < first
     bins = [read_bin(os.path.join(root, x)) for x in sorted(os.listdir(root)) if x.endswith(".bin")]
-    return (Faces(name, sources[kept], labels[kept], *read),
-            Faces(name, sources[~kept], labels[~kept] - first, *read), bins)
+    return (Faces(root, sources[kept], labels[kept], *read),
+            Faces(root, sources[~kept], labels[~kept] - first, *read), bins)
 
 def jitter(images, strength):
-    """Turns, shifts, scales and lights each of (N, 3, H, W) uint8 at random: few people are learnt
-    by heart otherwise."""
+    """Turns, shifts, scales, lights each of (N, 3, H, W) uint8: few faces are learnt by heart."""
     change = v2.Compose([v2.RandomAffine(9 * strength, [strength / 20] * 2, (
         1 - 0.15 * strength, 1 + 0.15 * strength), interpolation=v2.InterpolationMode.BILINEAR,
         fill=127), v2.ColorJitter(0.3 * strength, 0.3 * strength)])
@@ -196,25 +191,15 @@ def batches(images, batch_size, seed, steps):
             order = np.random.default_rng([seed, epoch]).permutation(images)
         yield order[i * batch_size:][:batch_size][RANK::RANKS]
 
-def save_faces(path, faces, resolutions):
-    """A picture of eight training faces, each beside its degraded versions."""
-    chosen = np.linspace(0, len(faces) - 1, 8).astype(int)
-    sharp = to_input(torch.stack([faces[i][0] for i in chosen]), "cpu")
-    tiles = torch.stack([sharp, *(degrade(sharp, px) for px in resolutions)], 1).flatten(0, 1)
-    save_image((tiles + 1) / 2, file := io.BytesIO(), "PNG", nrow=len(tiles) // 4, padding=0)
-    write_file(path, file.getvalue())
-
 # ---- 2. Training --------------------------------------------------------------------------------
-DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
-        "lr": 0.1}
+DEMO = "--backbone r10 --width 16 --scale 32 --margin 0.3 --epochs 5 --batch-size 64 --lr 0.1"
 WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(
+    parser = argparse.ArgumentParser(epilog=f"Of the demo: {DEMO}", description=__doc__.split(
         "\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def add(name, default, text, kind=None, **options):
         parser.add_argument(name, default=default, help=text, type=kind, **options)
-
     add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
     add("--maug", "1:1:2", "ratio of the resolutions, or none")
     add("--resolutions", [7, 14, 20], "of MAug, in pixels", number(int, 1, SIZE), nargs="+")
@@ -238,9 +223,9 @@ def parse_arguments(argv):
     add("--seed", 0, "of everything random", number(int, 0, 2**40))
     add("--profile", 0, "time so many steps, show where the time goes, and end", number(int, 0))
     add_device_options(parser)
-    if parser.parse_args(argv).data == "demo":
-        parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    if args.data == "demo":  # other defaults
+        args = parser.parse_args(argv, parser.parse_args(DEMO.split()))
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
     args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
@@ -278,20 +263,9 @@ def resume(args, parts):
             part.load_state_dict(found[0][key])
     return found[0]["step"]
 
-def stopwatch(model, device):
-    """-> lap, a function that notes in lap.ends that a part of a step ends now."""
-    def lap(part, *_):
-        torch.zeros(1, device=device).item()  # waits for the device
-        lap.ends.append((part, time.perf_counter()))
-    lap.ends = []
-    model.backbone.register_forward_pre_hook(partial(lap, "crops, flips and MAug"))
-    model.backbone.register_forward_hook(partial(lap, "backbone, forward"))
-    model.backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
-    return lap
-
-def show_profile(lap, args, model, images, labels):
+def show_profile(ends, args, model, images, labels):
     """Where the time of the last steps went; their arithmetic, compared with a matrix product's."""
-    parts, ends = zip(*lap.ends[-6 * args.profile - 1:])  # a step has six parts
+    parts, ends = zip(*ends[-6 * args.profile - 1:])  # a step has six parts
     spent = np.diff(ends).reshape(-1, 6).mean(0)
     seconds = spent.sum()
     for part, own in zip(parts[1:], spent):
@@ -300,13 +274,13 @@ def show_profile(lap, args, model, images, labels):
         model(images, labels)
     work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
     matrix = torch.randn(4096, 4096, device=args.device, dtype=precision(args.device, args.amp))
-    product = Timer("x @ x", globals={"x": matrix}, num_threads=torch.get_num_threads()).timeit(5)
-    rate = 2e-9 * 4096 ** 3 / product.mean
+    products = repeat(lambda: float((matrix @ matrix)[0, 0]), number=1, repeat=7)  # float waits
+    rate = 2e-9 * 4096 ** 3 / np.median(products)
     say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
         f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
         f"{rate:,.0f} in {matrix.dtype}")
 
-def on_signals(handler, *_):
+def on_signal(handler, *_):
     """Sets what Ctrl-C and SIGTERM do, in a worker, too: they may go to the whole group."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, handler)
@@ -322,7 +296,7 @@ def main(argv=None):
         distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
     torch.manual_seed(args.seed)
     faces, held_out, bins = open_data(args.data, args.holdout)
-    args.images, args.classes = len(faces), faces.classes
+    args.images, args.classes = len(faces), int(faces.labels.max()) + 1
     per_epoch = len(faces) // args.batch_size
     if not per_epoch or args.batch_size % RANKS:
         raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
@@ -338,8 +312,7 @@ def main(argv=None):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=5e-4)
+    optimiser = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     fp16 = precision(args.device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
     parts = {"backbone": backbone, "head": head, "optimiser": optimiser, "scaler": scaler}
@@ -348,12 +321,16 @@ def main(argv=None):
     parallel = (torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
                 if RANKS > 1 else model)
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
-    loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
-                        worker_init_fn=partial(on_signals, signal.SIG_IGN),
-                        pin_memory=args.device.type == "cuda")
+    loader = DataLoader(faces, batch_sampler=order, pin_memory=args.device.type == "cuda",
+                        num_workers=args.workers, worker_init_fn=partial(on_signal, signal.SIG_IGN))
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    if RANK == 0:
-        save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
+    if RANK == 0:  # a picture of eight faces, each beside its degraded versions
+        os.makedirs(args.out, exist_ok=True)
+        chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
+        sharp = to_input(torch.stack(chosen), "cpu")
+        tiles = torch.stack([sharp, *(degrade(sharp, px) for px in args.resolutions)], 1)
+        save_image((tiles.flatten(0, 1) + 1) / 2, os.path.join(args.out, "faces.png"),
+                   nrow=2 * tiles.shape[1], padding=0)
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
@@ -369,21 +346,26 @@ def main(argv=None):
             report(table(rows), step=step, evaluation=rows)
         backbone.train()
 
-    report(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
-           f"the run goes to {args.out}", args=arguments, begin=begin)
-    stops = []  # signals that have come in
-    if not args.profile:
-        on_signals(lambda name, _: stops.append(name))
-    lap = stopwatch(model, args.device) if args.profile else lambda part: None
-    begun = logged = time.time()
-    bad, losses = {""}, []  # messages; the loss and its parts of each step since the last line
+    def lap(part, *_):
+        if args.profile:
+            torch.zeros(1, device=args.device).item()  # waits for the device
+            ends.append((part, time.perf_counter()))
+
+    report(f"{len(faces):,} images of {args.classes:,} identities; to {args.out}", args=arguments)
+    stops, ends = [], []  # signals that have come in; when which part of a step was done
+    if args.profile:
+        backbone.register_forward_pre_hook(partial(lap, "crops, flips and MAug"))
+        backbone.register_forward_hook(partial(lap, "backbone, forward"))
+        backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
+    else:
+        on_signal(lambda name, _: stops.append(name))
+    logged, bad, losses = time.time(), {""}, []  # of the last line; messages; losses since then
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
         for error in {*errors} - bad:
             bad.add(error)
             report(f"skipped: {error}", step=step, skipped=error)
             if len(bad) - 1 > len(faces) / 1000:
-                raise ValueError(f"{len(bad) - 1} of {len(faces):,} images cannot be read, more "
-                                 f"than 1 in 1,000; the last: {error}")
+                raise ValueError(f"more than 1 in 1,000 of {len(faces):,} images are bad: {error}")
         lap("reading and decoding")
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
@@ -403,19 +385,16 @@ def main(argv=None):
         losses.append(torch.stack([loss.detach(), *values.values()]))
         epoch, epoch_ends = math.ceil(step / per_epoch), step % per_epoch == 0
         save_now = epoch_ends or step % args.save_every == 0
-        stop = torch.tensor(len(stops))
-        if RANKS > 1:  # a signal to one stops all; on the CPU, so that no GPU waits for it
-            distributed.all_reduce(stop)
+        stop = torch.tensor(len(stops))  # on the CPU, so that no GPU waits for it
+        all_reduce(stop)  # a signal to one stops all
         if args.profile or not (len(losses) == 20 or save_now or stop):
             continue
         means = torch.stack(losses).mean(0) / RANKS
-        if RANKS > 1:
-            distributed.all_reduce(means)
+        all_reduce(means)
         values = dict(zip(["loss", *values], means.tolist()))  # waits for the device
         if not math.isfinite(values["loss"]) and scaler.get_scale() <= 1:  # a scaler may help
-            raise ValueError(f"the loss is {values['loss']} at step {step}, learning rate {lr:.3g}:"
-                             " try a lower --lr, in a new --out. The last good checkpoint: "
-                             f"{last if os.path.exists(last) else 'none yet'}")
+            raise ValueError(f"loss is {values['loss']} at step {step}, learning rate {lr:.3g}; "
+                             f"lower it, in a new --out. Last good checkpoint, if any: {last}")
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         rate = len(losses) * args.batch_size / (time.time() - logged)
         left = timedelta(0, (steps - step) * args.batch_size // rate)
@@ -434,10 +413,10 @@ def main(argv=None):
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
     if args.profile:
-        return show_profile(lap, args, model, images, labels)
-    on_signals(signal.SIG_DFL)
+        return show_profile(ends, args, model, images, labels)
+    on_signal(signal.SIG_DFL)
     test(at_the_end, steps)
-    say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
+    say(f"done; the weights: {last}")
     return model
 
 if __name__ == "__main__":
