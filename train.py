@@ -87,10 +87,9 @@ def record_file(root):
     for each identity with the key of its first: few reads tell all. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
-        lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else []
-        keys, offsets = np.reshape(lines, (-1, 2)).T
-        if len(keys) < 2 or not 0 <= offsets.min() <= offsets.max() < os.path.getsize(path):
-            raise ValueError(f"{len(keys)} records, not all of them in train.rec; is it cut short?")
+        keys, offsets = np.loadtxt(index, np.int64, ndmin=2, unpack=True)
+        if not 0 <= offsets.min() <= offsets.max() < os.path.getsize(path):
+            raise ValueError("some are outside of train.rec; is it cut short?")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
     (header,), (image,) = read_labels(path, offsets[:1])
@@ -229,9 +228,8 @@ def parse_arguments(argv):
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
     args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
-    data = os.path.basename(os.path.normpath(args.data))
-    name = f"{data}-{args.backbone}-{args.maug}-{args.loss}-p{args.p:g}-seed{args.seed}"
-    args.out = args.out or os.path.join("runs", name.replace(":", "_"))
+    data, maug = os.path.basename(os.path.normpath(args.data)), args.maug.replace(":", "_")
+    args.out = args.out or f"runs/{data}-{args.backbone}-{maug}-{args.loss}-seed{args.seed}"
     return args
 
 def learning_rate(step, steps, peak):
@@ -258,9 +256,12 @@ def resume(args, parts):
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
-    for key, part in parts.items():
-        if found[0].get(key):  # none has a state at the beginning; a scaler, in float16 alone
-            part.load_state_dict(found[0][key])
+    try:
+        for key, part in parts.items():
+            if found[0].get(key):  # none has any at the beginning; a scaler, in float16 alone
+                part.load_state_dict(found[0][key])
+    except Exception:  # of a dozen kinds again
+        raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
     return found[0]["step"]
 
 def show_profile(ends, args, model, images, labels):
@@ -318,19 +319,17 @@ def main(argv=None):
     parts = {"backbone": backbone, "head": head, "optimiser": optimiser, "scaler": scaler}
     begin = 0 if args.profile else resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = (torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-                if RANKS > 1 else model)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, pin_memory=args.device.type == "cuda",
                         num_workers=args.workers, worker_init_fn=partial(on_signal, signal.SIG_IGN))
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    if RANK == 0:  # a picture of eight faces, each beside its degraded versions
+    if RANK == 0:  # a picture of eight faces, each above its degraded versions
         os.makedirs(args.out, exist_ok=True)
         chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
         sharp = to_input(torch.stack(chosen), "cpu")
-        tiles = torch.stack([sharp, *(degrade(sharp, px) for px in args.resolutions)], 1)
-        save_image((tiles.flatten(0, 1) + 1) / 2, os.path.join(args.out, "faces.png"),
-                   nrow=2 * tiles.shape[1], padding=0)
+        rows = torch.cat([sharp, *(degrade(sharp, px) for px in args.resolutions)])
+        save_image((rows + 1) / 2, os.path.join(args.out, "faces.png"), nrow=8, padding=0)
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
@@ -362,8 +361,8 @@ def main(argv=None):
     logged, bad, losses = time.time(), {""}, []  # of the last line; messages; losses since then
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
         for error in {*errors} - bad:
+            report(f"skipped: {error}", step=step, skipped=error, bad=len(bad))
             bad.add(error)
-            report(f"skipped: {error}", step=step, skipped=error)
             if len(bad) - 1 > len(faces) / 1000:
                 raise ValueError(f"more than 1 in 1,000 of {len(faces):,} images are bad: {error}")
         lap("reading and decoding")
@@ -392,7 +391,7 @@ def main(argv=None):
         means = torch.stack(losses).mean(0) / RANKS
         all_reduce(means)
         values = dict(zip(["loss", *values], means.tolist()))  # waits for the device
-        if not math.isfinite(values["loss"]) and scaler.get_scale() <= 1:  # a scaler may help
+        if not math.isfinite(values["loss"]) and scaler.get_scale() <= 1:  # float16's may help
             raise ValueError(f"loss is {values['loss']} at step {step}, learning rate {lr:.3g}; "
                              f"lower it, in a new --out. Last good checkpoint, if any: {last}")
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
@@ -406,17 +405,15 @@ def main(argv=None):
             with io.BytesIO() as file:  # frees its memory
                 torch.save({**state, "step": step, "args": arguments}, file)
                 write_file(last, file.getvalue(), previous=os.path.join(args.out, "previous.pt"))
-        if epoch_ends:
-            test(bins, step)
+        test(bins if epoch_ends else [], step)
         if stop:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
     if args.profile:
         return show_profile(ends, args, model, images, labels)
-    on_signal(signal.SIG_DFL)
+    on_signal(signal.default_int_handler)  # they end it at once
     test(at_the_end, steps)
-    say(f"done; the weights: {last}")
     return model
 
 if __name__ == "__main__":
