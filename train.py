@@ -17,10 +17,10 @@ from timeit import repeat
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import encode_jpeg
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -74,9 +74,8 @@ def read_record(path, offset):
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
     with open(path, "rb") as file:
-        heads = (os.pread(file.fileno(), 36, offset) for offset in offsets)
-        heads = np.fromiter(heads, "S36", len(offsets)).view("<u4").reshape(-1, 9)
-    magic, length, count, label, *_, first = heads.T
+        heads = np.fromiter((os.pread(file.fileno(), 36, i) for i in offsets), "S36", len(offsets))
+    magic, length, count, label, *_, first = heads.view("<u4").reshape(-1, 9).T
     if (magic != MAGIC).any():
         raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}; is it damaged?")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
@@ -119,7 +118,7 @@ FACE = [  # which traits, colour, shade; x (twice, if not 0), y, half width and 
     (8, LIPS, 1, 0, 0.53, 0.2, 0.055, 0.6, 0.5), (8, LIPS, 0.45, 0, 0.53, 0.17, 0.02, 0.6, 0.5)]
 
 def draw_faces(traits, rng):
-    """Traits (N, 13, 5) of people, in [-1, 1] -> (N, 3, 112, 112) uint8, one picture of each: soft
+    """Traits (N, 13, 5) of people, in [-1, 1] -> (N, 112, 112, 3) uint8, one picture of each: soft
     ellipses, in units of half a picture, with pose, expression, light, background and noise."""
     n, t = len(traits), traits[..., None, None]  # each trait is (N, 1, 1)
     yaw, pitch, roll, near, right, down, smile, lit_x, lit_y, bright, warm = torch.randn(
@@ -143,15 +142,16 @@ def draw_faces(traits, rng):
     light = 1 + 0.2 * bright + 0.25 * lit_x * u + 0.15 * lit_y * v
     canvas = canvas * torch.stack([light + 0.07 * warm, light, light - 0.07 * warm], 1)
     canvas = canvas + 0.03 * torch.randn(canvas.shape, generator=rng)
-    return (canvas.clamp(0, 1) * 255).byte()
+    return (canvas.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
 
 def demo_faces(people, pictures, seed):
     """Synthetic people, with so many pictures of each, as Faces whose sources are JPEG files."""
     rng, files = torch.Generator().manual_seed(seed), []
     traits = torch.rand(people, 13, 5, generator=rng) * 2 - 1
     for part in traits.repeat_interleave(pictures, 0).split(32):
-        drawn = encode_jpeg([*draw_faces(part, rng)], quality=90)
-        files += [file.numpy().tobytes() for file in drawn]
+        for pixels in draw_faces(part, rng).numpy():
+            Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
+            files.append(file.getvalue())
     return Faces("demo", np.array(files, object), np.arange(people).repeat(pictures))
 
 def open_data(name, holdout):
@@ -299,9 +299,6 @@ def main(argv=None):
     faces, held_out, bins = open_data(args.data, args.holdout)
     args.images, args.classes = len(faces), int(faces.labels.max()) + 1
     per_epoch = len(faces) // args.batch_size
-    if not per_epoch or args.batch_size % RANKS:
-        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
-                         f"must be a multiple of the number of processes, {RANKS}")
     whole = [i for i in range(len(held_out)) if not held_out[i][2]]  # readable ones
     files = [held_out.read(held_out.sources[i]) for i in whole]
     at_the_end = [make_pairs("held-out identities", files, held_out.labels[whole])] if files else []
@@ -313,6 +310,9 @@ def main(argv=None):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
+    if not per_epoch or args.batch_size % RANKS:
+        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
+                         f"must be a multiple of the number of processes, {RANKS}")
     optimiser = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     fp16 = precision(args.device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
