@@ -937,7 +937,7 @@ def mutated(content, rng):
 def test_fuzz(kind, drawn, lfw, tmp_path):
     """Whatever stands in a file, its reader ends soon, with a result or one line of complaint."""
     def read_records():
-        faces = train.record_file(tmp_path / "rec")
+        faces = records(tmp_path / "rec")
         return [faces[i] for i in range(min(len(faces), 5))]
 
     insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
@@ -1026,7 +1026,7 @@ def test_a_worker_that_is_not_forked_gives_the_same_faces(drawn):
 
 def test_drawn_faces_are_people(drawn):
     again = train.demo_faces(8, 4, seed=5)
-    assert [*again.sources] == [*drawn.sources] and drawn.classes == 8 and len(drawn) == 32
+    assert [*again.sources] == [*drawn.sources] and max(drawn.labels) == 7 and len(drawn) == 32
     images = torch.stack([drawn[i][0].float() for i in range(32)])
     assert len(set(drawn.sources)) == 32  # no picture twice
     distance = torch.cdist(images.flatten(1), images.flatten(1))
@@ -1037,9 +1037,9 @@ def test_drawn_faces_are_people(drawn):
 
 def test_image_folder_and_split(folder, tmp_path):
     faces = train.Faces(folder, *evaluate.image_folder(folder))
-    assert faces.classes == 8 and Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
-    kept, held_out = faces.part(faces.labels < 5), faces.part(faces.labels >= 5, 5)
-    assert kept.classes == 5 and held_out.classes == 3
+    assert Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
+    kept, held_out, _ = train.open_data(str(folder), 3)
+    assert {*kept.labels} == {*range(5)} and {*held_out.labels} == {*range(3)}
     assert len(kept) == 20 and [*kept.sources, *held_out.sources] == [*faces.sources]
     (tmp_path / "only" / "nothing").mkdir(parents=True)
     for empty in (tmp_path, tmp_path / "only", tmp_path / "only" / "nothing"):
@@ -1083,17 +1083,21 @@ def insightface(root, files, labels):
     (root / "property").write_text(f"{classes},112,112\n")
 
 
+def records(root):
+    return train.Faces(root, *train.record_file(root))
+
+
 def test_records_of_insightface(drawn, tmp_path):
     png = io.BytesIO()
     Image.open(io.BytesIO(drawn.sources[1])).save(png, "PNG")
     magic = MAGIC.to_bytes(4, "little")
     files = [*drawn.sources[:30], png.getvalue(), drawn.sources[31] + magic * 3 + b"abc" + magic]
     insightface(tmp_path, files, drawn.labels.tolist())
-    faces = train.record_file(tmp_path)
-    assert faces.classes == 8 and faces.labels.tolist() == drawn.labels.tolist()
+    faces = records(tmp_path)
+    assert faces.labels.tolist() == drawn.labels.tolist()
     assert [faces.read(offset) for offset in faces.sources] == files
     assert torch.equal(faces[30][0], evaluate.read_image(drawn.sources[1]))
-    kept, rest = faces.part(faces.labels < 6), faces.part(faces.labels >= 6, 6)
+    kept, rest, _ = train.open_data(str(tmp_path), 2)
     assert len(kept) == 24 and rest.labels.tolist() == [0] * 4 + [1] * 4
     assert rest.read(rest.sources[7]) == files[31]
 
@@ -1103,7 +1107,7 @@ def test_records_of_im2rec(drawn, tmp_path):
     labels = [1, 0, 2, 1]
     write_records(tmp_path, [record([label], file) for label, file in zip(
         labels, drawn.sources[:4], strict=True)], keys=[7, 3, 12, 5])
-    faces = train.record_file(tmp_path)
+    faces = records(tmp_path)
     assert faces.labels.tolist() == labels
     assert [faces.read(offset) for offset in faces.sources] == [*drawn.sources[:4]]
 
@@ -1114,16 +1118,7 @@ def test_an_identity_that_begins_behind_the_images(drawn, tmp_path):
     content = (tmp_path / "train.rec").read_bytes()
     assert content.count(record([29, 33])) == 1
     (tmp_path / "train.rec").write_bytes(content.replace(record([29, 33]), record([40, 41])))
-    assert train.record_file(tmp_path).labels.tolist() == drawn.labels.tolist()
-
-
-def test_an_index_that_is_cut_short_at_a_line(drawn, tmp_path):
-    insightface(tmp_path, list(drawn.sources), drawn.labels.tolist())
-    lines = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
-    for kept in (20, len(lines) - 1):
-        (tmp_path / "train.idx").write_text("".join(lines[:kept]))
-        with pytest.raises(ValueError, match=r"train.idx: cut short: .*train.rec goes on behind"):
-            train.record_file(tmp_path)
+    assert records(tmp_path).labels.tolist() == drawn.labels.tolist()
 
 
 def test_records_of_more_images_than_float32_can_count(drawn, tmp_path, monkeypatch):
@@ -1133,14 +1128,14 @@ def test_records_of_more_images_than_float32_can_count(drawn, tmp_path, monkeypa
     payloads += [record([i // 3], drawn.sources[i]) for i in range(n)]
     payloads += [record([start, start + 3]), record([start + 3, start + n])]
     write_records(tmp_path, payloads, keys=[0, *range(start, start + n + 2)])
-    faces = train.record_file(tmp_path)
+    faces = records(tmp_path)
     assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real faces beside the project")
 def test_real_samples():
-    faces = train.record_file(REAL / "insightface")
-    assert (len(faces), faces.classes) == (3000, 60)
+    faces = records(REAL / "insightface")
+    assert len(faces) == 3000 and {*faces.labels.tolist()} == {*range(60)}
     assert all(faces[i][2] == "" for i in range(0, 3000, 50))
     for name, count in (("lfw_fold1", 600), ("lfw_ndarray", 60)):
         pairs = evaluate.read_bin(REAL / "insightface" / f"{name}.bin")
@@ -1157,20 +1152,20 @@ def test_damaged_records(drawn, tmp_path):
         rec.write_bytes(rec_bytes)
         idx.write_text("\n".join(lines))
         with pytest.raises(ValueError, match=message):
-            train.record_file(tmp_path / "rec")
+            records(tmp_path / "rec")
 
-    broken("no record at byte .* cut short", lambda rec, idx: (rec[:5000], idx))
-    broken("no record at byte 999999999", lambda rec, idx: (rec, [*idx, "99\t999999999"]))
+    broken("outside of train.rec; is it cut short", lambda rec, idx: (rec[:5000], idx))
+    broken("outside of train.rec", lambda rec, idx: (rec, [*idx, "99\t999999999"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99\t-5"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "hello"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, f"99\t{2**62}"]))
     broken("not lines of a key", lambda rec, idx: (rec, [*idx, "99"]))
     broken("not lines of a key", lambda rec, idx: (rec, []))
     broken("no record at byte 0", lambda rec, idx: (b"\0\0" + rec[2:], idx))
-    broken("cut short", lambda rec, idx: (rec, [*idx[:-1], idx[-1][:-1]]))
+    broken("no record at byte", lambda rec, idx: (rec, [*idx[:-1], idx[-1][:-1]]))
     insightface(tmp_path / "rec", list(drawn.sources), drawn.labels.tolist())
     rec = tmp_path / "rec" / "train.rec"
-    faces = train.record_file(tmp_path / "rec")
+    faces = records(tmp_path / "rec")
     content = bytearray(rec.read_bytes())
     content[faces.sources[3] + 4:faces.sources[3] + 8] = b"\xff\xff\xff\x1f"  # 512 MB long
     content[faces.sources[5]] = 0
@@ -1180,10 +1175,10 @@ def test_damaged_records(drawn, tmp_path):
     for labels in ((5, 6, 7), (0, -1, 1), (0, 0.5, 1), (0, math.nan, 1)):
         write_records(tmp_path / "rec", [record([label], b"image") for label in labels])
         with pytest.raises(ValueError, match="labels out of range: expected 0 to 2"):
-            train.record_file(tmp_path / "rec")
+            records(tmp_path / "rec")
     write_records(tmp_path / "rec", [record([2, 3]), record([1])])
     with pytest.raises(ValueError, match="labels out of range"):
-        train.record_file(tmp_path / "rec")
+        records(tmp_path / "rec")
 
 
 def test_training_on_records_with_sets_beside_them(drawn, tmp_path):
@@ -1218,7 +1213,7 @@ def test_unreadable_images_are_skipped_up_to_one_in_a_thousand(drawn, tmp_path, 
     assert log.count("skipped") == 1 and "not a readable image" in log
     root(1000, 4)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"2 of 1,000 images cannot be read.*more than 1 in 1,000"):
+    with pytest.raises(ValueError, match=r"more than 1 in 1,000 of 1,000 images are bad: .*jpg"):
         train.main(options)
 
 
@@ -1267,8 +1262,8 @@ def test_jitter():
 
 def test_a_run_leaves_what_it_promises(trained):
     out, printed = trained
-    assert re.search(r"epoch 2/2  step 4/4  loss [\d.]+ \(sharp [\d.]+, degraded [\d.]+, distance "
-                     r"[\d.]+\)  lr 0\.\d+  \d+ images/s  0:00:00 left", printed)
+    assert re.search(r"epoch 2/2  step 4/4  loss [\d.]+, sharp [\d.]+, degraded [\d.]+, distance "
+                     r"[\d.]+  lr 0\.\d+  \d+ images/s  0:00:00 left", printed)
     assert "held-out identities" in printed and "rank-1" in printed
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert checkpoint["step"] == 4 and checkpoint["args"]["width"] == 16
@@ -1278,7 +1273,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert {row["px"] for row in lines[-1]["evaluation"]} == {7, 14, 20, 112}
     faces = Image.open(out / "faces.png")
     assert faces.size == (8 * 112, 4 * 112)
-    assert np.array(faces)[:, :112].std() > np.array(faces)[:, 112:224].std()
+    assert np.array(faces)[:112].std() > np.array(faces)[112:224].std()
 
 
 def test_runs_repeat_and_can_start_from_others(folder, trained, tmp_path):
@@ -1338,7 +1333,8 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
     options = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
     train.main([*options, "--epochs", "2"])
     state = weights_of(tmp_path / "run")
-    for n, odd in enumerate(({"step": "x"}, {"args": [1]}, {"backbone": {}}, {"optimiser": None})):
+    odds = {"step": "x"}, {"args": [1]}, {"backbone": {"x": 1}}, {"optimiser": [1]}
+    for n, odd in enumerate(odds):
         (tmp_path / str(n)).mkdir()
         torch.save({**state, **odd}, tmp_path / str(n) / "last.pt")
         again = [*options, "--epochs", "2", "--out", str(tmp_path / str(n))]
@@ -1361,14 +1357,14 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
                             (["--width", "32"], "made with width 16, not 32"),
                             (["--lr", "0.5"], "made with lr 0.02, not 0.5"),
                             (["--maug", "1:1:1"], "made with maug 1:1:2, not 1:1:1")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit, match=message):
             train.main([*options, *change])
     shutil.copytree(folder, tmp_path / "more")
     shutil.copytree(folder / "00", tmp_path / "more" / "99")
     state = weights_of(tmp_path / "run")
     state["args"] |= {"data": str(tmp_path / "more"), "images": 36}
     torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(ValueError, match=r"made with classes 8, not 9"):
+    with pytest.raises(SystemExit, match=r"made with classes 8, not 9"):
         train.main(["--data", str(tmp_path / "more"), *TINY, "--out", str(tmp_path / "run")])
 
 
@@ -1395,7 +1391,7 @@ def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number, launcher
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     options = ["--data", str(folder), *TINY, "--epochs", "9", "--out", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+, .*: none yet"):
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at step \d+, .*last.pt"):
         train.main([*options, "--lr", "1e9"])
 
 

@@ -10,17 +10,15 @@ import json
 import math
 import os
 import signal
-import sys
-import tempfile
 import time
 from datetime import timedelta
 from functools import partial
+from timeit import repeat
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -35,20 +33,16 @@ from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_los
 RANK = int(os.environ.get("RANK", "0"))  # this one among torchrun's processes
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 MAGIC = 0xced7230a  # the first four bytes of each record of a RecordIO file
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
+say = partial(print, flush=True) if RANK == 0 else lambda text: None
+all_reduce = distributed.all_reduce if RANKS > 1 else lambda values: None  # sum over ranks
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
-    """Faces with labels 0 .. classes - 1: item i is (3, 112, 112) uint8 RGB, its label, and "". In
-    place of an image that cannot be read comes the next that can, and "" tells what was wrong.
-
-    read: one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
+    """Labelled faces: item i is (3, 112, 112) uint8 RGB, its label, and "". In place of an image
+    that cannot be read comes the next that can, and instead of "" what was wrong with it. read:
+    one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
     def __init__(self, name, sources, labels, read=os.fspath):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
-        self.classes = int(self.labels.max(initial=-1)) + 1
 
     def __len__(self):
         return len(self.labels)
@@ -63,11 +57,6 @@ class Faces(Dataset):
                 wrong = wrong or str(error)  # of image i; the others have their turns
         return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), 0, wrong
 
-    def part(self, chosen, first=0):
-        """The chosen images alone (a mask), with `first` taken from their labels."""
-        i = np.flatnonzero(chosen)
-        return Faces(self.name, self.sources[i], self.labels[i] - first, self.read)
-
 def read_record(path, offset):
     """The image file in the record at a byte offset; opens anew, so that nothing is shared."""
     parts, flag = [], 1
@@ -75,58 +64,48 @@ def read_record(path, offset):
         file.seek(offset)
         while flag in (1, 2):  # 0 is a whole record; 1, then some 2, then 3 are parts of one
             magic, word = np.frombuffer(file.read(8).ljust(8), "<u4").tolist()
-            flag, length = word >> 29, word & (1 << 29) - 1
-            parts.append(file.read(length))
+            flag, length = divmod(word, 1 << 29)
+            parts.append(file.read(length + -length % 4)[:length])  # padded to four bytes
             if magic != MAGIC or flag > 3 or len(parts[-1]) < length:
                 raise ValueError(f"{path}: no whole record at byte {offset}")
-            file.seek(-length % 4, os.SEEK_CUR)
     payload = MAGIC.to_bytes(4, "little").join(parts)  # it was split where it holds the magic
     return payload[24 + 4 * int.from_bytes(payload[:4], "little"):]  # behind its labels
 
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
-    heads = bytearray()
-    with open(path, "rb", buffering=0) as file:
-        for offset in offsets.tolist():
-            file.seek(offset)
-            heads += file.read(36).ljust(36)
-    magic, length, count, label, *_, first = np.frombuffer(heads, "<u4").reshape(-1, 9).T
+    with open(path, "rb") as file:
+        heads = np.fromiter((os.pread(file.fileno(), 36, i) for i in offsets), "S36", len(offsets))
+    magic, length, count, label, *_, first = heads.view("<u4").reshape(-1, 9).T
     if (magic != MAGIC).any():
-        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: it is damaged, "
-                         "or cut short, or not that of its .idx")
+        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}; is it damaged?")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
-    """`root`/train.rec and train.idx -> Faces. InsightFace's hold a header with the key behind the
-    last image, the images, then a record for each identity with the key of its first image, so
-    that few reads tell all labels. im2rec's hold images alone."""
+    """`root`/train.rec and train.idx -> byte offsets (n,) of images, labels (n,), and what reads an
+    image. InsightFace's hold a header with the key behind the last image, the images, then a record
+    for each identity with the key of its first: few reads tell all. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
-        lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else []
-        keys, offsets = np.reshape(lines, (-1, 2)).T
-        if len(keys) < 2 or offsets.min() < 0 or offsets.max() > 2**43:  # what one can seek
-            raise ValueError(f"{len(keys)} records, at {offsets[:2]} to {offsets[-1:]}")
+        keys, offsets = np.loadtxt(index, np.int64, ndmin=2, unpack=True)
+        if not 0 <= offsets.min() <= offsets.max() < os.path.getsize(path):
+            raise ValueError("some are outside of train.rec; is it cut short?")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
-    last, size = np.fromfile(path, "<u4", 2, offset=offsets.max()), os.path.getsize(path)
-    if len(last) == 2 and last[0] == MAGIC and last[1] < min(2**29, size - offsets.max() - 15):
-        raise ValueError(f"{index}: cut short: {path} goes on behind its last record")
     (header,), (image,) = read_labels(path, offsets[:1])
     end = len(keys) if image else np.searchsorted(keys, header)  # of the images
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
     counts = np.diff(firsts, append=end)  # images of each
     if len(firsts) and keys[-1] < 2**24 and firsts[0] == 1 and (counts > 0).all():
-        offsets, labels = offsets[1:end], read_labels(path, offsets[firsts])[0].repeat(counts)
+        offsets, labels = offsets[1:end], np.arange(len(firsts)).repeat(counts)
     else:  # im2rec's, or keys that float32 cannot hold
         labels, images = read_labels(path, offsets)
         offsets, labels = offsets[images], labels[images]
     if not len(labels) or not ((labels >= 0) & (labels < len(labels)) & (labels % 1 == 0)).all():
         raise ValueError(f"{path}: labels out of range: expected 0 to {len(labels) - 1} or less")
-    return Faces(path, offsets, labels.astype(np.int32), partial(read_record, path))
+    return offsets, labels.astype(np.int32), partial(read_record, path)
 
 SKIN, HAIR, IRIS, LIPS, WHITE = range(5)
-PALETTE = torch.tensor([[0.78, 0.6, 0.46], [0.3, 0.24, 0.18], [0.3, 0.28, 0.3], [0.68, 0.34, 0.34],
-                        [0.94, 0.94, 0.94]])
+PALETTE = torch.tensor([[78, 60, 46], [30, 24, 18], [30, 28, 30], [68, 34, 34], [94, 94, 94]]) / 100
 FACE = [  # which traits, colour, shade; x (twice, if not 0), y, half width and height; depth; bend
     (0, HAIR, 1.0, 0, -0.16, 0.7, 0.72, -0.6, 0), (1, HAIR, 1.0, 0, 0.1, 0.64, 0.7, -0.8, 0),
     (2, SKIN, 0.8, 0, 0.95, 0.34, 0.5, -0.8, 0), (2, SKIN, 0.85, 0.58, 0.02, 0.08, 0.16, -0.5, 0),
@@ -176,29 +155,28 @@ def demo_faces(people, pictures, seed):
     return Faces("demo", np.array(files, object), np.arange(people).repeat(pictures))
 
 def open_data(name, holdout):
-    """--data -> the identities to train on, those held out, and paths of .bin sets."""
+    """--data -> the identities to train on, those held out, and the .bin sets beside them."""
     if name == "demo":
-        say("drawing the demo's faces")
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next(filter(os.path.isdir, (name, os.path.join("data", name))), None)
     if root is None:
-        raise ValueError(f"--data {name}: no folder {name}, no data/{name}; it should hold aligned"
-                         " faces as identity/image.jpg, or train.rec and train.idx (MS1M: see "
-                         "github.com/deepinsight/insightface/wiki/Dataset-Zoo); or try --data demo")
+        raise ValueError(f"--data {name}: no folder {name}, no data/{name}; MS1M: see github.com/"
+                         "deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo")
     packed = os.path.exists(os.path.join(root, "train.rec"))
-    faces = record_file(root) if packed else Faces(root, *image_folder(root))
-    if holdout is None:  # two or more, or none where they are few
-        holdout = min(100, faces.classes // 20) * (faces.classes >= 40)
-    first = faces.classes - holdout  # of those held out
+    sources, labels, *read = record_file(root) if packed else image_folder(root)
+    classes = int(labels.max(initial=-1)) + 1
+    holdout = min(100, classes // 20) * (classes >= 40) if holdout is None else holdout
+    first = classes - holdout  # of those held out: by default two or more, or none of few
     if first < 2:
-        raise ValueError(f"{root}: {len(faces)} images of {faces.classes} identities, --holdout "
+        raise ValueError(f"{root}: {len(labels)} images of {classes} identities, --holdout "
                          f"{holdout}: two or more must be left, as identity/image.jpg")
-    bins = sorted(os.path.join(root, x) for x in os.listdir(root) if packed and x.endswith(".bin"))
-    return faces.part(faces.labels < first), faces.part(faces.labels >= first, first), bins
+    kept = labels < first
+    bins = [read_bin(os.path.join(root, x)) for x in sorted(os.listdir(root)) if x.endswith(".bin")]
+    return (Faces(root, sources[kept], labels[kept], *read),
+            Faces(root, sources[~kept], labels[~kept] - first, *read), bins)
 
 def jitter(images, strength):
-    """Turns, shifts, scales and lights each of (N, 3, H, W) uint8 at random: few people are learnt
-    by heart otherwise."""
+    """Turns, shifts, scales, lights each of (N, 3, H, W) uint8: few faces are learnt by heart."""
     change = v2.Compose([v2.RandomAffine(9 * strength, [strength / 20] * 2, (
         1 - 0.15 * strength, 1 + 0.15 * strength), interpolation=v2.InterpolationMode.BILINEAR,
         fill=127), v2.ColorJitter(0.3 * strength, 0.3 * strength)])
@@ -212,25 +190,15 @@ def batches(images, batch_size, seed, steps):
             order = np.random.default_rng([seed, epoch]).permutation(images)
         yield order[i * batch_size:][:batch_size][RANK::RANKS]
 
-def save_faces(path, faces, resolutions):
-    """A picture of eight training faces, each beside its degraded versions."""
-    chosen = np.linspace(0, len(faces) - 1, 8).astype(int)
-    sharp = to_input(torch.stack([faces[i][0] for i in chosen]), "cpu")
-    tiles = torch.stack([sharp, *(degrade(sharp, px) for px in resolutions)], 1).flatten(0, 1)
-    save_image((tiles + 1) / 2, file := io.BytesIO(), "PNG", nrow=len(tiles) // 4, padding=0)
-    write_file(path, file.getvalue())
-
 # ---- 2. Training --------------------------------------------------------------------------------
-DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
-        "lr": 0.1}
+DEMO = "--backbone r10 --width 16 --scale 32 --margin 0.3 --epochs 5 --batch-size 64 --lr 0.1"
 WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(
+    parser = argparse.ArgumentParser(epilog=f"Of the demo: {DEMO}", description=__doc__.split(
         "\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def add(name, default, text, kind=None, **options):
         parser.add_argument(name, default=default, help=text, type=kind, **options)
-
     add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
     add("--maug", "1:1:2", "ratio of the resolutions, or none")
     add("--resolutions", [7, 14, 20], "of MAug, in pixels", number(int, 1, SIZE), nargs="+")
@@ -254,35 +222,19 @@ def parse_arguments(argv):
     add("--seed", 0, "of everything random", number(int, 0, 2**40))
     add("--profile", 0, "time so many steps, show where the time goes, and end", number(int, 0))
     add_device_options(parser)
-    if parser.parse_args(argv).data == "demo":
-        parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    if args.data == "demo":  # other defaults
+        args = parser.parse_args(argv, parser.parse_args(DEMO.split()))
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
     args.weight = WEIGHTS.get(args.loss, 0.0) if args.weight is None else args.weight
-    data = os.path.basename(os.path.normpath(args.data))
-    loss = f"logexp-p{args.p:g}" if args.loss == "logexp" else args.loss
-    name = f"{data}-{args.backbone}-{args.maug}-{loss}-seed{args.seed}"
-    args.out = args.out or os.path.join("runs", name.replace(":", "_"))
+    data, maug = os.path.basename(os.path.normpath(args.data)), args.maug.replace(":", "_")
+    args.out = args.out or f"runs/{data}-{args.backbone}-{maug}-{args.loss}-seed{args.seed}"
     return args
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
     return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
-
-def build(args):
-    """Arguments -> the model that computes the loss, its optimiser, and its gradient scaler."""
-    backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
-                IResNet(int(args.backbone[1:]), args.width))
-    distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
-    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
-    head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
-    model = model.train().to(args.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=5e-4)
-    fp16 = precision(args.device, args.amp) == torch.float16
-    return model, optimiser, torch.amp.GradScaler(args.device.type, enabled=fp16)
 
 def resume(args, parts):
     """Loads the run's newest whole checkpoint, which must agree with args -> its step, or 0."""
@@ -291,92 +243,93 @@ def resume(args, parts):
     for path in filter(os.path.exists, paths if RANK == 0 else ()):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
-            step, old = int(state["step"]), dict(state["args"])
-        except OSError:
-            raise
-        except Exception:  # torch raises a dozen kinds for a damaged file
+            for key, new in vars(args).items():
+                old = state["args"].get(key)
+                if key not in free and old != new:
+                    raise SystemExit(f"error: {path} was made with {key} {old}, not {new}: give "
+                                     "the same, or another --out")
+            say(f"going on from step {state['step']:,} of {path}")
+            found = [state]
+            break
+        except Exception:  # torch raises a dozen kinds for a damaged file (SystemExit is none)
             os.replace(path, f"{path}.damaged")
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
-            continue
-        for key, value in vars(args).items():
-            if key not in free and old.get(key) != value:
-                raise ValueError(f"{path} was made with {key} {old.get(key)}, not {value}: give "
-                                 "the same, or another --out")
-        say(f"going on from step {step:,} of {path}")
-        found = [state]
-        break
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
-    (state,) = found
     try:
-        for key, part in parts.items() if state["step"] else ():
-            if key != "scaler" or state[key]:  # it has a state in float16 alone
-                part.load_state_dict(state[key])
+        for key, part in parts.items():
+            if found[0].get(key):  # none has any at the beginning; a scaler, in float16 alone
+                part.load_state_dict(found[0][key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
-    return state["step"]
+    return found[0]["step"]
 
-def stopwatch(model, device):
-    """-> lap, a function that notes in lap.ends that a part of a step ends now."""
-    def lap(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        lap.ends.append((part, time.perf_counter()))
-    lap.ends = []
-    model.backbone.register_forward_pre_hook(lambda *_: lap("crops, flips and MAug"))
-    model.backbone.register_forward_hook(lambda *_: lap("backbone, forward"))
-    model.backbone.register_full_backward_pre_hook(lambda *_: lap("head and losses"))
-    return lap
-
-def show_profile(lap, args, model, images, labels):
+def show_profile(ends, args, model, images, labels):
     """Where the time of the last steps went; their arithmetic, compared with a matrix product's."""
-    parts, ends = zip(*lap.ends[-6 * args.profile - 1:])  # a step has six parts
+    parts, ends = zip(*ends[-6 * args.profile - 1:])  # a step has six parts
     spent = np.diff(ends).reshape(-1, 6).mean(0)
     seconds = spent.sum()
     for part, own in zip(parts[1:], spent):
         say(f"{part:>24} {1000 * own:9.1f} ms {own / seconds:6.1%}")
-    with (FlopCounterMode(display=False) as counter, torch.no_grad(),
-          autocast(args.device, args.amp)):
+    with FlopCounterMode(display=False) as counter, autocast(args.device, args.amp):
         model(images, labels)
     work = 3e-9 * counter.get_total_flops()  # GFLOP; backward takes twice what forward takes
     matrix = torch.randn(4096, 4096, device=args.device, dtype=precision(args.device, args.amp))
-    for _ in range(6):  # the first warms up
-        matrix @ matrix
-        lap("product")
-    rate = 2e-9 * 4096 ** 3 / np.diff([end for _, end in lap.ends[-6:]]).mean()
+    products = repeat(lambda: float((matrix @ matrix)[0, 0]), number=1, repeat=7)  # float waits
+    rate = 2e-9 * 4096 ** 3 / np.median(products)
     say(f"{seconds:.3f} s a step, {len(images) / seconds:.1f} pairs/s, {work:,.0f} GFLOP: "
         f"{work / seconds:,.0f} GFLOP/s, {work / seconds / rate:.0%} of a matrix product's "
         f"{rate:,.0f} in {matrix.dtype}")
 
-def ignore_signals(_):  # in a worker: they may go to the whole group, but training decides
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def on_signal(handler, *_):
+    """Sets what Ctrl-C and SIGTERM do, in a worker, too: they may go to the whole group."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handler)
 
-def train(args):
-    """The whole run, from the data to the last table; returns the trained model."""
+def main(argv=None):
+    """The whole run, from the arguments to the last table; returns the trained model."""
+    if RANKS > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    args = parse_arguments(argv)
+    keep_memory()
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
     torch.manual_seed(args.seed)
     faces, held_out, bins = open_data(args.data, args.holdout)
-    args.images, args.classes = len(faces), faces.classes
-    model, optimiser, scaler = build(args)
+    args.images, args.classes = len(faces), int(faces.labels.max()) + 1
     per_epoch = len(faces) // args.batch_size
-    if not per_epoch or args.batch_size < 2 * RANKS or args.batch_size % RANKS:
-        raise ValueError(f"--batch-size {args.batch_size}, but there are {len(faces)} images, and "
-                         f"processes, each of which takes as many, two or more: {RANKS}")
-    each_epoch = [read_bin(path) for path in bins]
-    whole = held_out.part([not held_out[i][2] for i in range(len(held_out))])  # readable ones
-    files = [*map(whole.read, whole.sources)]
-    at_the_end = [make_pairs("held-out identities", files, whole.labels)] if files else []
-    parts = {"backbone": model.backbone, "head": model.head, "optimiser": optimiser,
-             "scaler": scaler}
-    begin = resume(args, parts)
+    whole = [i for i in range(len(held_out)) if not held_out[i][2]]  # readable ones
+    files = [held_out.read(held_out.sources[i]) for i in whole]
+    at_the_end = [make_pairs("held-out identities", files, held_out.labels[whole])] if files else []
+
+    backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
+                IResNet(int(args.backbone[1:]), args.width))
+    head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
+    maug = None if args.maug == "none" else MAug(args.resolutions, parse_ratio(args.maug))
+    distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
+    model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
+    model = model.train().to(args.device, memory_format=torch.channels_last)
+    if not per_epoch or args.batch_size % RANKS:
+        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
+                         f"must be a multiple of the number of processes, {RANKS}")
+    optimiser = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
+    fp16 = precision(args.device, args.amp) == torch.float16
+    scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
+    parts = {"backbone": backbone, "head": head, "optimiser": optimiser, "scaler": scaler}
+    begin = 0 if args.profile else resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if RANKS > 1 else model
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
-    loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers,
-                        worker_init_fn=ignore_signals, pin_memory=args.device.type == "cuda")
+    loader = DataLoader(faces, batch_sampler=order, pin_memory=args.device.type == "cuda",
+                        num_workers=args.workers, worker_init_fn=partial(on_signal, signal.SIG_IGN))
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    if RANK == 0:
-        save_faces(os.path.join(args.out, "faces.png"), faces, args.resolutions)
+    if RANK == 0:  # a picture of eight faces, each above its degraded versions
+        os.makedirs(args.out, exist_ok=True)
+        chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
+        sharp = to_input(torch.stack(chosen), "cpu")
+        rows = torch.cat([sharp, *(degrade(sharp, px) for px in args.resolutions)])
+        save_image((rows + 1) / 2, os.path.join(args.out, "faces.png"), nrow=8, padding=0)
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
@@ -387,27 +340,31 @@ def train(args):
                 print(json.dumps(entry), file=file)
 
     def test(benchmarks, step):
-        model.eval()
         for data in benchmarks if RANK == 0 else []:
-            rows = evaluate({args.out: model.backbone}, data, RESOLUTIONS, args.device, args.amp)
+            rows = evaluate({args.out: backbone.eval()}, data, RESOLUTIONS, args.device, args.amp)
             report(table(rows), step=step, evaluation=rows)
-        model.train()
+        backbone.train()
 
-    report(f"{len(faces):,} images of {faces.classes:,} identities, {per_epoch:,} steps an epoch; "
-           f"the run goes to {args.out}", args=arguments, begin=begin)
-    stops = []  # signals that have come in
-    handlers = {name: signal.signal(name, lambda name, _: stops.append(name))
-                for name in (signal.SIGINT, signal.SIGTERM) if not args.profile}
-    lap = stopwatch(model, args.device) if args.profile else lambda part: None
-    begun = logged = time.time()
-    bad, losses = set(), []  # messages; the loss and its parts of each step since the last line
+    def lap(part, *_):
+        if args.profile:
+            torch.zeros(1, device=args.device).item()  # waits for the device
+            ends.append((part, time.perf_counter()))
+
+    report(f"{len(faces):,} images of {args.classes:,} identities; to {args.out}", args=arguments)
+    stops, ends = [], []  # signals that have come in; when which part of a step was done
+    if args.profile:
+        backbone.register_forward_pre_hook(partial(lap, "crops, flips and MAug"))
+        backbone.register_forward_hook(partial(lap, "backbone, forward"))
+        backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
+    else:
+        on_signal(lambda name, _: stops.append(name))
+    logged, bad, losses = time.time(), {""}, []  # of the last line; messages; losses since then
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
-        for error in {*errors} - {"", *bad}:
+        for error in {*errors} - bad:
+            report(f"skipped: {error}", step=step, skipped=error, bad=len(bad))
             bad.add(error)
-            report(f"skipped: {error}", step=step, skipped=error)
-            if len(bad) > len(faces) / 1000:
-                raise ValueError(f"{len(bad)} of {len(faces):,} images cannot be read, more than 1 "
-                                 f"in 1,000; the last: {error}")
+            if len(bad) - 1 > len(faces) / 1000:
+                raise ValueError(f"more than 1 in 1,000 of {len(faces):,} images are bad: {error}")
         lap("reading and decoding")
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed((args.seed * 1_000_003 + step - 1 + RANK * 7_919_000_003) % 2**63)
@@ -420,70 +377,44 @@ def train(args):
         scaler.scale(loss).backward()
         lap("backbone, backward")
         scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
         scaler.step(optimiser)
         scaler.update()
         lap("optimiser")
         losses.append(torch.stack([loss.detach(), *values.values()]))
-        epoch_ends = step % per_epoch == 0
+        epoch, epoch_ends = math.ceil(step / per_epoch), step % per_epoch == 0
         save_now = epoch_ends or step % args.save_every == 0
-        stop = torch.tensor(len(stops))
-        if RANKS > 1:  # a signal to one stops all; on the CPU, so that no GPU waits for it
-            distributed.all_reduce(stop)
+        stop = torch.tensor(len(stops))  # on the CPU, so that no GPU waits for it
+        all_reduce(stop)  # a signal to one stops all
         if args.profile or not (len(losses) == 20 or save_now or stop):
             continue
         means = torch.stack(losses).mean(0) / RANKS
-        if RANKS > 1:
-            distributed.all_reduce(means)
-        mean, *means = means.tolist()  # waits for the device, as does float16's scaler
-        if not math.isfinite(mean) and scaler.get_scale() <= 1:  # float16's scaler may help
-            raise ValueError(f"the loss is {mean} at step {step}, learning rate {lr:.3g}: try a "
-                             "lower --lr, in a new --out. The last good checkpoint: "
-                             f"{last if os.path.exists(last) else 'none yet'}")
-        values, epoch = dict(zip(values, means)), (step - 1) // per_epoch + 1
+        all_reduce(means)
+        values = dict(zip(["loss", *values], means.tolist()))  # waits for the device
+        if not math.isfinite(values["loss"]) and scaler.get_scale() <= 1:  # float16's may help
+            raise ValueError(f"loss is {values['loss']} at step {step}, learning rate {lr:.3g}; "
+                             f"lower it, in a new --out. Last good checkpoint, if any: {last}")
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         rate = len(losses) * args.batch_size / (time.time() - logged)
         left = timedelta(0, (steps - step) * args.batch_size // rate)
-        report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  loss {mean:.3f} ({shown})  "
-               f"lr {lr:.4f}  {rate:.0f} images/s  {left} left", epoch=epoch, step=step, loss=mean,
-               **values, lr=lr, images_per_s=rate)
+        report(f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  {shown}  lr {lr:.4f}  "
+               f"{rate:.0f} images/s  {left} left",
+               epoch=epoch, step=step, **values, lr=lr, images_per_s=rate)
         if RANK == 0 and (save_now or stop):
             state = {key: part.state_dict() for key, part in parts.items()}
             with io.BytesIO() as file:  # frees its memory
                 torch.save({**state, "step": step, "args": arguments}, file)
                 write_file(last, file.getvalue(), previous=os.path.join(args.out, "previous.pt"))
-        if epoch_ends:
-            test(each_epoch, step)
-        if stop and step < steps:
+        test(bins if epoch_ends else [], step)
+        if stop:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
-            if RANKS > 1:
-                distributed.all_reduce(stop)  # the others wait until it is saved
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
     if args.profile:
-        return show_profile(lap, args, model, images, labels)
+        return show_profile(ends, args, model, images, labels)
+    on_signal(signal.default_int_handler)  # they end it at once
     test(at_the_end, steps)
-    say(f"done in {timedelta(0, int(time.time() - begun))}; the weights: {last}")
     return model
 
-def main(argv=None):
-    if RANKS > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    args = parse_arguments(argv)
-    keep_memory()
-    if RANKS > 1:
-        if args.device.type == "cuda":
-            args.device = torch.device("cuda", torch.cuda.current_device())
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
-    with tempfile.TemporaryDirectory() as scratch:
-        args.out = scratch if args.profile else args.out
-        return train(args)
-
 if __name__ == "__main__":
-    status = run(main)
-    if status is None and distributed.is_initialized():
-        distributed.destroy_process_group()
-    sys.exit(status)
+    raise SystemExit(run(main))

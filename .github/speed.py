@@ -98,8 +98,8 @@ def maug(folder):
 def decode(folder):
     torch.set_num_threads(1)
     packed = os.path.exists(os.path.join(folder, "train.rec"))
-    faces = (train.record_file(folder) if packed else
-             train.Faces(folder, *evaluate.image_folder(folder)))
+    read = train.record_file if packed else evaluate.image_folder
+    faces = train.Faces(folder, *read(folder))
     count = min(3000, len(faces))
     sources = faces.sources[:count]
     sources = [io.BytesIO(faces.read(source)) for source in sources] if packed else sources
