@@ -73,11 +73,12 @@ def read_record(path, offset):
 
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
-    with open(path, "rb") as file:
-        heads = np.fromiter((os.pread(file.fileno(), 36, i) for i in offsets), "S36", len(offsets))
+    with open(path, "rb", buffering=0) as file:
+        heads = (file.read(36) for offset in offsets.tolist() if file.seek(offset) == offset)
+        heads = np.fromiter(heads, "S36", len(offsets))
     magic, length, count, label, *_, first = heads.view("<u4").reshape(-1, 9).T
     if (magic != MAGIC).any():
-        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}; is it damaged?")
+        raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: damaged?")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
 
 def record_file(root):
@@ -87,10 +88,12 @@ def record_file(root):
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
         keys, offsets = np.loadtxt(index, np.int64, ndmin=2, unpack=True)
-        if not 0 <= offsets.min() <= offsets.max() < os.path.getsize(path):
+        if not 0 <= offsets.min() <= (last := offsets.max()) < os.path.getsize(path) - 7:
             raise ValueError("some are outside of train.rec; is it cut short?")
     except ValueError as error:
         raise ValueError(f"{index}: not lines of a key and a byte offset: {error}") from None
+    if np.fromfile(path, "<u4", 2, offset=last)[1] < min(2**29, os.path.getsize(path) - last - 15):
+        raise ValueError(f"{index}: cut short: {path} goes on behind its last record")
     (header,), (image,) = read_labels(path, offsets[:1])
     end = len(keys) if image else np.searchsorted(keys, header)  # of the images
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
@@ -157,6 +160,7 @@ def demo_faces(people, pictures, seed):
 def open_data(name, holdout):
     """--data -> the identities to train on, those held out, and the .bin sets beside them."""
     if name == "demo":
+        say("drawing the demo's faces")
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next(filter(os.path.isdir, (name, os.path.join("data", name))), None)
     if root is None:
@@ -251,6 +255,8 @@ def resume(args, parts):
             say(f"going on from step {state['step']:,} of {path}")
             found = [state]
             break
+        except OSError:
+            raise
         except Exception:  # torch raises a dozen kinds for a damaged file (SystemExit is none)
             os.replace(path, f"{path}.damaged")
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
@@ -302,7 +308,6 @@ def main(argv=None):
     whole = [i for i in range(len(held_out)) if not held_out[i][2]]  # readable ones
     files = [held_out.read(held_out.sources[i]) for i in whole]
     at_the_end = [make_pairs("held-out identities", files, held_out.labels[whole])] if files else []
-
     backbone = (load_backbone(no_bomb(args.init)) if args.init else  # a file tells depth and width
                 IResNet(int(args.backbone[1:]), args.width))
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
@@ -319,23 +324,24 @@ def main(argv=None):
     parts = {"backbone": backbone, "head": head, "optimiser": optimiser, "scaler": scaler}
     begin = 0 if args.profile else resume(args, parts)
     steps = args.profile + 5 if args.profile else per_epoch * args.epochs  # five steps warm up
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
+    parallel = model if RANKS == 1 else torch.nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True)
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, pin_memory=args.device.type == "cuda",
                         num_workers=args.workers, worker_init_fn=partial(on_signal, signal.SIG_IGN))
     last, arguments = os.path.join(args.out, "last.pt"), {**vars(args), "device": str(args.device)}
-    if RANK == 0:  # a picture of eight faces, each above its degraded versions
-        os.makedirs(args.out, exist_ok=True)
+    if RANK == 0 and not args.profile:  # a picture of eight faces, each above its degraded versions
         chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
         sharp = to_input(torch.stack(chosen), "cpu")
         rows = torch.cat([sharp, *(degrade(sharp, px) for px in args.resolutions)])
-        save_image((rows + 1) / 2, os.path.join(args.out, "faces.png"), nrow=8, padding=0)
+        save_image((rows + 1) / 2, png := io.BytesIO(), "PNG", nrow=8, padding=0)
+        write_file(os.path.join(args.out, "faces.png"), png.getvalue())
 
     def report(text, **entry):
         """A line for the reader, and one of JSON for the log."""
         if RANK == 0 or "skipped" in entry:
             print(text, flush=True)
-        if RANK == 0:
+        if RANK == 0 and not args.profile:
             with open(os.path.join(args.out, "log.jsonl"), "a") as file:
                 print(json.dumps(entry), file=file)
 
@@ -408,13 +414,18 @@ def main(argv=None):
         test(bins if epoch_ends else [], step)
         if stop:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
+            all_reduce(stop)  # the others wait until it is saved
             raise SystemExit(128 + (stops or [signal.SIGTERM])[0])  # it may be another rank's
         losses, logged = [], time.time()
     if args.profile:
         return show_profile(ends, args, model, images, labels)
     on_signal(signal.default_int_handler)  # they end it at once
     test(at_the_end, steps)
+    say(f"the weights: {last}")
     return model
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    status = run(main)
+    if status is None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    raise SystemExit(status)
