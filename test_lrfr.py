@@ -566,15 +566,12 @@ def test_tar_at_far():
     for far, tar in zip(evaluate.FARS, evaluate.tar_at_far(scores, same), strict=True):
         passed = [t for t in [*scores, -np.inf] if (scores[~same] > t).sum() <= far * 1000]
         assert tar == pytest.approx((scores[same] > min(passed)).mean())
-    for kind in (True, False):  # None, and not NaN, which JSON does not have
-        assert {*evaluate.tar_at_far(scores[:11], np.full(11, kind))} == {None}
 
 
 def rank_1(gallery, probes, identity):
-    data = evaluate.verification("x", [], [0] * 10, [1] * 10, [True, False] * 5, identity)
-    found = evaluate.ranks(gallery[data.gallery], identity[data.gallery], probes[data.probes[""]],
-                           identity[data.probes[""]])
-    return (found == 1).mean()
+    data = evaluate.Benchmark("x", [], (), identity)
+    first, rest = data.part == "gallery", data.part == ""
+    return evaluate.identify(gallery[first], identity[first], probes[rest], identity[rest])["rank1"]
 
 
 def test_rank_1():
@@ -636,7 +633,7 @@ def test_verify_is_the_protocol_step_by_step(lfw, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 5)
     torch.manual_seed(0)
     pairs, backbone = evaluate.read_lfw(lfw), IResNet(10, 4, 16).eval()
-    (row,) = evaluate.evaluate({"net": backbone}, pairs, [7], CPU, "off", "none")
+    ((row,), _) = evaluate.evaluate({"net": backbone}, pairs, [7], CPU, "off", "none")
     images = [evaluate.to_input(evaluate.read_image(s)[None], CPU) for s in pairs.sources]
     for way in ("both", "cross"):
         scores = []
@@ -652,7 +649,8 @@ def test_verify_is_the_protocol_step_by_step(lfw, monkeypatch):
 def test_xqlfw_is_read_like_lfw(lfw, tmp_path):
     shutil.copytree(lfw, tmp_path / "xqlfw")
     (tmp_path / "xqlfw" / "pairs.txt").rename(tmp_path / "xqlfw" / "xqlfw_pairs.txt")
-    pairs, same = evaluate.read_lfw(tmp_path / "xqlfw", "xqlfw_pairs.txt"), evaluate.read_lfw(lfw)
+    pairs = evaluate.read_lfw(tmp_path / "xqlfw", "XQLFW", "xqlfw_pairs.txt")
+    same = evaluate.read_lfw(lfw)
     assert pairs.name == "XQLFW"
     assert all(np.array_equal(*both) for both in zip(pairs.pairs, same.pairs, strict=True))
 
@@ -663,12 +661,16 @@ def test_ranks_against_sorting():
     gallery[20:25] = gallery[10:15]  # equal cosines: strangers come first
     rng = np.random.default_rng(0)
     mine, theirs = rng.integers(-1, 6, 30), rng.integers(0, 8, 50)  # -1, 6, 7: of nobody else
-    found = evaluate.ranks(gallery, mine, probes, theirs, block=7)
+    found = evaluate.identify(gallery, mine, probes, theirs, block=7)
+    ranks = []
     for i in range(50):
         cosines = (gallery @ probes[i]).tolist()
         order = sorted(range(30), key=lambda g: (-cosines[g], mine[g] == theirs[i]))
         hits = [rank for rank, g in enumerate(order, 1) if mine[g] == theirs[i]]
-        assert found[i] == hits[0] if hits else found[i] > 1e6
+        ranks.append(hits[0] if hits else math.inf)
+    assert found["cmc"] == pytest.approx([np.mean(np.array(ranks) <= k) for k in range(1, 51)])
+    assert [found[f"rank{k}"] for k in (1, 5, 20)] == [found["cmc"][k - 1] for k in (1, 5, 20)]
+    assert (found["gallery"], found["probes"]) == (30, 50)
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -702,8 +704,9 @@ def test_read_bin_refuses_what_is_none(drawn, tmp_path, monkeypatch):
         "text": (b"hello", "not a .bin"), "shape": (pickle.dumps([1, 2, 3]), "not a .bin"),
         "odd": (pickle.dumps((list(drawn.sources[:19]), [True] * 10)), "19 images for 10 pairs"),
         "few": (pickle.dumps((list(drawn.sources[:2]), [True])), "1 pairs"),
+        "alike": (pickle.dumps((list(drawn.sources[:20]), [True] * 10)), "10 pairs; folds need"),
         "ints": (pickle.dumps(([9] * 20, [1] * 10)), "int"),
-        "bomb": (pickle.dumps(Bomb()), "asks for, 'posix.system'"), "huge": (huge, "not a .bin"),
+        "bomb": (pickle.dumps(Bomb()), "asks for: 'posix.system'"), "huge": (huge, "not a .bin"),
         "eval": (b"cbuiltins\neval\n(S'open(\"bomb-went-off\", \"w\")'\ntR.", "builtins.eval")}
     for name, (content, message) in files.items():
         Path(name).write_bytes(content)
@@ -730,26 +733,27 @@ def test_scface(drawn, tmp_path):
     """Probes at d3 are the mugshots themselves; at d1 and d2 those of the subjects after them."""
     scface(tmp_path / "sc", drawn.sources[::4], range(48, 56))
     search = evaluate.read_scface(tmp_path / "sc")
-    assert len(search.gallery) == 8
-    assert [len(probes) for probes in search.probes.values()] == [40] * 3
-    assert search.name == "SCface, 8 subjects (all)" and list(search.probes) == ["d1", "d2", "d3"]
+    assert Counter(search.part.tolist()) == {"gallery": 8, "d1": 40, "d2": 40, "d3": 40}
+    assert search.name == "SCface, 8 subjects (all)"
     assert [int(os.path.basename(p)[:3]) for p in search.sources] == search.identity.tolist()
-    rows = evaluate.evaluate({"net": IResNet(10, 4, 16).eval()}, search, [7], CPU, "off")
+    rows, _ = evaluate.evaluate({"net": IResNet(10, 4, 16).eval()}, search, [7], CPU, "off")
     assert [row["part"] for row in rows] == ["d1", "d2", "d3", "average"]
     assert [row["rank1"] for row in rows] == pytest.approx([0, 0, 1, 1 / 3])
     assert all(row["px"] == 112 and row["cmc"][0] == row["rank1"] for row in rows)
     assert all(row["cmc"][7] == 1 and np.all(np.diff(row["cmc"]) >= 0) for row in rows)
-    assert len(evaluate.read_scface(tmp_path / "sc", "test").gallery) == 5
+    assert [row["probes"] for row in rows] == [40, 40, 40, 120]
+    test = evaluate.read_scface(tmp_path / "sc", "test")
+    assert sorted({*test.identity.tolist()}) == [51, 52, 53, 54, 55]
     crops = tmp_path / "sc" / "aligned"
     crops.mkdir()
     (crops / "050_frontal.jpg").write_bytes(drawn.sources[0])
     search = evaluate.read_scface(tmp_path / "sc")
-    assert str(crops / "050_frontal.jpg") in [search.sources[i] for i in search.gallery]
+    assert str(crops / "050_frontal.jpg") in search.sources and len(search.sources) == 128
 
 
 def test_scface_names_what_is_missing(drawn, tmp_path):
     scface(tmp_path / "a", drawn.sources, range(51, 54), "052_frontal.JPG")
-    with pytest.raises(ValueError, match=r"subject 052 has no mugshot \(052_frontal.jpg\) or"):
+    with pytest.raises(ValueError, match=r"a: subject 052 has no mugshot"):
         evaluate.read_scface(tmp_path / "a")
     gone = [f"053_cam{c}_{d}.jpg" for c in range(1, 6) for d in range(1, 4)]
     scface(tmp_path / "b", drawn.sources, range(51, 54), *gone)
@@ -768,26 +772,31 @@ def test_tinyface(drawn, tmp_path, monkeypatch):
         kind = "Gallery_Distractor" if i >= 16 else ("Probe", "Gallery_Match")[i % 2]
         (root / kind / f"{i // 4}_{i}.jpg").write_bytes(file)
     search = evaluate.read_tinyface(tmp_path / "tiny")
-    assert len(search.gallery) == 24 and search.name == "TinyFace, 16 distractors"
-    assert search.identity[search.gallery].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] + [-1] * 16
+    gallery = search.part == "gallery"
+    assert gallery.sum() == 24 and search.name == "TinyFace, 16 distractors"
+    names = [os.path.basename(source) for source in search.sources]
+    people = [-1 if "Distractor" in source else int(name.split("_")[0])
+              for source, name in zip(search.sources, names, strict=True)]
+    assert all((people[i] == people[j]) == (search.identity[i] == search.identity[j])
+               for i in range(32) for j in range(32)) and (search.identity == -1).sum() == 16
     backbone = IResNet(10, 4, 16).eval()
     monkeypatch.setattr(evaluate, "BATCH", 5)
-    (row,) = evaluate.evaluate({"net": backbone}, search, [7], CPU, "off", "none")
+    ((row,), _) = evaluate.evaluate({"net": backbone}, search, [7], CPU, "off", "none")
 
     def unit(path):
         return embed(backbone, evaluate.to_input(evaluate.read_image(path)[None], CPU), "none")[0]
 
     units = torch.stack([unit(path) for path in search.sources])
     firsts = []
-    for probe in search.probes["probes"]:
-        order = (units[search.gallery] @ units[probe]).argsort(descending=True).tolist()
-        mates = np.flatnonzero(search.identity[search.gallery] == search.identity[probe])
+    for probe in np.flatnonzero(search.part == "probes"):
+        order = (units[gallery] @ units[probe]).argsort(descending=True).tolist()
+        mates = np.flatnonzero(search.identity[gallery] == search.identity[probe])
         firsts.append(min(order.index(mate) + 1 for mate in mates))
     assert row["cmc"] == pytest.approx([np.mean(np.array(firsts) <= k) for k in range(1, 51)])
     shutil.rmtree(root / "Gallery_Distractor")
     assert evaluate.read_tinyface(root).name == "TinyFace, WITHOUT its distractors"
     shutil.rmtree(root / "Gallery_Match")
-    with pytest.raises(ValueError, match="8 images in Probe and 0 in Gallery_Match"):
+    with pytest.raises(ValueError, match=r"tiny.*: no images in Probe, or none in Gallery_Match"):
         evaluate.read_tinyface(root)
 
 
@@ -835,20 +844,10 @@ def test_plots_show_what_was_measured(trained, lfw, folder, tmp_path):
     assert 0.99 < sum(y for _, y in errors) / 15 <= 1.001  # a density
 
 
-def test_sets_of_one_name_are_told_apart(trained, lfw, tmp_path):
-    shutil.copytree(lfw, tmp_path / "other")
-    sets = ["--lfw", str(lfw), str(lfw), str(tmp_path / "other")]
-    evaluate.main([str(trained[0] / "last.pt"), *sets, "--resolutions", "7", "7", "--json",
-                   str(tmp_path / "x.json")])
-    rows = json.loads((tmp_path / "x.json").read_text())
-    assert [row["set"] for row in rows] == ["LFW", f"LFW of {tmp_path / 'other'}"]
-
-
-def test_plots_without_matplotlib(trained, lfw, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        evaluate.main([str(trained[0] / "last.pt"), "--lfw", str(lfw), "--plots", "x"])
-    assert "pip install matplotlib" in capsys.readouterr().err
+def test_plots_without_matplotlib(trained, lfw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = [str(trained[0] / "last.pt"), "--lfw", str(lfw), "--plots", "x"]
+    assert "matplotlib" in evaluate.run(partial(evaluate.main, command))
 
 
 def test_read_image_takes_every_kind(tmp_path):
@@ -867,7 +866,7 @@ def test_read_image_takes_every_kind(tmp_path):
     Image.fromarray(grey).save(tmp_path / "sixteen.png")
     assert np.array_equal(evaluate.read_image(tmp_path / "sixteen.png")[0], grey >> 8)
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
-    with pytest.raises(ValueError, match=r"huge.png: not a readable image \(9000 x 9000"):
+    with pytest.raises(ValueError, match=r"huge.png: not a readable image: .* \(81000000 pixels\)"):
         evaluate.read_image(tmp_path / "huge.png")
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n"  # for Ghostscript to run
     for content in (b"", b"no image", (tmp_path / "rgb.png").read_bytes()[:500], script):
@@ -880,7 +879,7 @@ def test_read_image_takes_every_kind(tmp_path):
 def test_write_file_keeps_the_old_one_when_it_fails(tmp_path):
     path = tmp_path / "new" / "file"
     evaluate.write_file(path, b"old")
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=f"^{path}: .*not 'str'"):
         evaluate.write_file(path, "text")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["file"]
     evaluate.write_file(path, b"new", previous=tmp_path / "new" / "before")
@@ -1015,7 +1014,7 @@ def test_image_folder_and_split(folder, tmp_path):
     assert len(kept) == 20 and [*kept.sources, *held_out.sources] == [*faces.sources]
     (tmp_path / "only" / "nothing").mkdir(parents=True)
     for empty in (tmp_path, tmp_path / "only", tmp_path / "only" / "nothing"):
-        with pytest.raises(ValueError, match="0 images of 0 identities"):
+        with pytest.raises(FileNotFoundError, match=r"class folder in|no valid file for the class"):
             train.open_data(str(empty), None)
 
 
@@ -1380,7 +1379,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     text = evaluate.run(lambda: evaluate.write_file(path, b"new", tmp_path / "previous.pt"))
-    assert text == f"error: {path}: No space left on device"
+    assert text == f"error: {path}: [Errno 28] No space left on device"
     assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -1466,7 +1465,7 @@ def test_evaluate_compares_checkpoints(trained, lfw, tmp_path):
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [(row["px"], row["checkpoint"]) for row in rows] == [
         (px, str(name)) for px in (7, 112) for name in (trained[0] / "last.pt", other)]
-    assert "LFW, flip test concat; accuracy" in done.stdout
+    assert "LFW, flip test concat; in %" in done.stdout
     assert rows[2]["both_accuracy"] == rows[2]["cross_accuracy"] == rows[3]["both_accuracy"]
     assert f"{100 * rows[0]['cross_accuracy']:.2f}" in done.stdout
 
@@ -1495,7 +1494,7 @@ def test_the_demo_from_end_to_end(tmp_path):
 
 BAD_COMMANDS = [
     ("train.py --data nowhere", 1, r"--data nowhere: no folder nowhere, no data/nowhere"),
-    ("train.py --data {empty}", 1, r"0 images of 0 identities"),
+    ("train.py --data {empty}", 1, r"find any class folder in .*empty"),
     ("train.py --data {folder} --maug 1:1", 1, r"3 resolutions, but a ratio of 2 numbers"),
     ("train.py --data {folder} --maug 1:x:2", 1, r"not a ratio: '1:x:2'"),
     ("train.py --maug none", 2, r"--maug none leaves no degraded faces to compare"),
@@ -1507,7 +1506,6 @@ BAD_COMMANDS = [
     ("train.py --workers 99999", 2, r"--workers: 99999 is not from 0 to 256"),
     ("train.py --device meta", 2, r"--device: meta: no such device"),
     ("train.py --device hpu", 2, r"--device: hpu: no such device"),
-    ("evaluate.py {run} --match {folder}/00/0.jpg", 2, r"nothing to do: .* --match A B"),
     ("train.py --epochs 0", 2, r"--epochs: 0 is not from 1"),
     ("train.py --lr nan", 2, r"--lr: nan"),
     ("train.py --backbone r51", 2, r"invalid choice: '?r51"),
@@ -1516,16 +1514,17 @@ BAD_COMMANDS = [
     ("train.py --data {folder} --batch-size 1000", 1, r"there are 32 images"),
     ("train.py --data {folder} --holdout 7", 1, r"--holdout 7: two or more must be left"),
     ("train.py --data {folder} --init {folder}/00/0.jpg", 1, r"0.jpg: not a checkpoint"),
-    ("evaluate.py {run}", 2, r"nothing to do: give --lfw"),
-    ("evaluate.py {run} --lfw {empty}", 1, r"pairs.txt: No such file"),
+    ("evaluate.py {run} --lfw {empty}", 1, r"No such file .*pairs.txt"),
     ("evaluate.py nothing.pt --lfw {lfw}", 1, r"nothing.pt: No such file"),
-    ("evaluate.py {run} --lfw {lfw} --resolutions 0", 2, r"0 is not from 1"),
-    ("evaluate.py {run} --lfw {lfw} --json {run}/x.json", 1, r"last.pt: (File exists|Not a dir)"),
-    ("evaluate.py {run} --study {empty}", 1, r"last.pt holds no classifier, or not of the ident"),
-    ("evaluate.py {run} --study nowhere", 1, r"nowhere: No such file"),
-    ("evaluate.py {run} --study {other}", 1, r"last.pt holds no classifier, or not of the ident"),
-    ("evaluate.py {run} --scface nowhere", 1, r"nowhere: No such file"),
-    ("evaluate.py {run} --lfw {lfw} --json {lfw}", 1, r"lfw0: Is a directory"),
+    ("evaluate.py {run} --lfw {lfw} --resolutions 0", 2, r"invalid choice: 0"),
+    ("evaluate.py {run} --lfw {lfw} --json {run}/x.json", 1, r"(File exists|Not a dir).*last.pt"),
+    ("evaluate.py {run} --study {empty}", 1, r"find any class folder in .*empty"),
+    ("evaluate.py {run} --study nowhere", 1, r"No such file .*nowhere"),
+    ("evaluate.py {run} --scface nowhere", 1, r"nowhere: subject 001 has no mugshot"),
+    ("evaluate.py {run} --tinyface nowhere", 1, r"nowhere: no images in Probe"),
+    ("evaluate.py {run} --bin nowhere", 1, r"No such file .*nowhere"),
+    ("evaluate.py {run} --match {empty}", 1, r"empty: not a readable image"),
+    ("evaluate.py {run} --lfw {lfw} --json {lfw}", 1, r"Is a directory: .*lfw0"),
     ("evaluate.py {nan} --lfw {lfw}", 1, r"nan.pt: its embeddings are not finite numbers"),
     ("evaluate.py {nan} --study {folder}", 1, r"nan.pt holds no classifier"),
     ("evaluate.py {bare} --study {folder}", 1, r"bare.pt holds no classifier"),
@@ -1538,15 +1537,13 @@ def test_bad_command_lines(command, status, message, folder, lfw, trained, tmp_p
                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    shutil.copytree(folder, tmp_path / "other")  # as many people, one image more
-    shutil.copy(next(folder.glob("00/*.jpg")), tmp_path / "other" / "00" / "more.jpg")
     state = load_backbone(trained[0] / "last.pt").state_dict()
     torch.save(state, tmp_path / "bare.pt")
     torch.save({"backbone": {**state, "fc.bias": state["fc.bias"] * math.nan}, "head": 5},
                tmp_path / "nan.pt")
     script, *arguments = command.format(folder=folder, lfw=lfw, run=trained[0] / "last.pt",
                                         empty=tmp_path / "empty", bare=tmp_path / "bare.pt",
-                                        nan=tmp_path / "nan.pt", other=tmp_path / "other").split()
+                                        nan=tmp_path / "nan.pt").split()
     main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
     with pytest.raises(SystemExit) as stopped:
         sys.exit(evaluate.run(partial(main, arguments)))
@@ -1567,7 +1564,7 @@ def test_bad_input_of_a_real_process(tmp_path):
 
 def test_an_error_is_one_line_whatever_the_names_of_files_hold():
     assert evaluate.run(partial(train.main, ["--data", "a\nb"])).startswith("error: --data a b: no")
-    assert evaluate.run(partial(open, "no\nfile")) == "error: no file: No such file or directory"
+    assert evaluate.run(partial(open, "no\nfile")) .endswith(r"directory: 'no\nfile'")
 
 
 # ---- 8. What the README says --------------------------------------------------------------------

@@ -389,7 +389,7 @@ def train(args):
     def test(benchmarks, step):
         model.eval()
         for data in benchmarks if RANK == 0 else []:
-            rows = evaluate({args.out: model.backbone}, data, RESOLUTIONS, args.device, args.amp)
+            rows, _ = evaluate({args.out: model.backbone}, data, RESOLUTIONS, args.device, args.amp)
             report(table(rows), step=step, evaluation=rows)
         model.train()
 
