@@ -346,16 +346,16 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
     """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
     all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
     x_i (or all, if fewer) spread evenly over `root`, the image folder that it was trained on."""
-    sources, labels = image_folder(root)
-    with naming(f"--study: {path} holds no classifier, or not of the identities in {root}"):
+    faces = ImageFolder(root)
+    with naming(f"--study: {path} holds no classifier of train.py"):
         state = torch.load(path, "cpu", weights_only=True)
         scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
         head = ArcFace(*state["head"]["weight"].shape, scale, margin)
         head.load_state_dict(state["head"])
-        known = (labels < len(head.weight)).sum()  # those held out come behind
-        chosen = np.linspace(0, known - 1, min(count, known)).astype(int)
-        images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
-    labels, head = torch.from_numpy(labels[chosen]).to(device), head.to(device)
+    known = (np.array(faces.targets) < len(head.weight)).sum()  # those held out come behind
+    chosen = np.linspace(0, known - 1, min(count, known)).astype(int)
+    images = to_input(torch.stack([read_image(faces.samples[i][0]) for i in chosen]), device)
+    labels, head = torch.tensor(faces.targets)[chosen].to(device), head.to(device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
     curve = []
     for px in STUDY:
@@ -486,10 +486,11 @@ def main(argv=None):
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
         for name in backbones:
-            faces = zip(args.match, embeddings[name, SIZE])
-            for (a, x), (b, y) in itertools.combinations(faces, 2):
-                row = {"checkpoint": name, "match": [a, b], "cosine": float(x @ y)}
-                report(f"{row['cosine']:7.3f}  {a}  {b}  {name}", [row], {})
+            pairs = itertools.combinations(zip(args.match, embeddings[name, SIZE]), 2)
+            new = [{"checkpoint": name, "match": [a, b], "cosine": float(x @ y)}
+                   for (a, x), (b, y) in pairs]
+            line = "{cosine:7.3f}  {match[0]}  {match[1]}  {checkpoint}"
+            report("\n".join(line.format(**row) for row in new), new, {})
     for data in sets:
         new, plots = evaluate(backbones, data, STUDY if args.study else args.resolutions, *options)
         report(table(new), new, plots)
