@@ -247,7 +247,7 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
             if now - shown > 5:
                 shown, left = now, (now - start) / done * (len(sources) - done)
                 print(f"{name}: {done:,} of {len(sources):,} images, {left:.0f} s left", flush=True)
-    return {key: torch.cat(part) for key, part in parts.items()}
+    return {key: torch.cat(parts.pop(key)) for key in [*parts]}  # frees what is joined
 
 def evaluate(backbones, data, resolutions, device, amp, flip="sum"):
     """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON, and curves,
