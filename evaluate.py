@@ -94,8 +94,8 @@ class Benchmark:
     part: np.ndarray = ()  # (n,) "gallery", or the name of a set of probes
 
     def __post_init__(self):
-        if self.pairs and np.bincount(self.pairs[2], minlength=2).min() < 5:
-            raise ValueError(f"{self.name}: {len(self.pairs[2])} pairs; folds need more of a kind")
+        if self.pairs and len(self.pairs[2]) < 10:
+            raise ValueError(f"{self.name}: {len(self.pairs[2])} pairs; ten folds take ten or more")
         if len(self.part) < len(self.identity):  # of each person the first image is the gallery
             self.part = np.full(len(self.identity), "", "<U7")
             self.part[np.unique(self.identity, return_index=True)[1]] = "gallery"
@@ -193,6 +193,8 @@ FARS = np.logspace(-3, 0, 31)  # of a ROC curve; the first is that of TAR
 
 def tar_at_far(scores, same, far=FARS):
     """Share of the genuine pairs above the score that a share `far` of the impostors passes."""
+    if same.all() or not same.any():
+        return [None] * len(far)
     impostors = np.append(np.sort(scores[~same])[::-1], -np.inf)
     limits = impostors[(np.asarray(far) * (len(impostors) - 1)).astype(int)]
     return (scores[same] > limits[:, None]).mean(1).tolist()
@@ -272,7 +274,7 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum"):
             row |= {"pairs": len(same), f"{way}_accuracy": accuracy, f"{way}_std": std,
                     f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
             plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
-            if px in (lowest, highest):
+            if px in (lowest, highest) and roc[0] is not None:
                 plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
         rows += [] if parts else [row]
         for part, probes in parts.items():
@@ -303,7 +305,7 @@ def table(rows):
     lines = [[COLUMNS[key] for key in keys]]
     for row in rows:
         lines.append([f"{row[key]:.3f}" if key.endswith("threshold") else f"{100 * row[key]:.2f}"
-                      if isinstance(row[key], float) else str(row[key]) for key in keys])
+                      if isinstance(row[key], float) else str(row[key] or "-") for key in keys])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join([
         f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; in %, std over ten folds, TAR at FAR "
