@@ -60,6 +60,11 @@ def read_image(source, name=None):
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+def image_folder(root):
+    """`root`/identity/image.jpg (or .png ...) -> paths (n,) and labels (n,), in sorted order."""
+    faces = ImageFolder(root)
+    return np.array([path for path, _ in faces.samples], object), np.array(faces.targets)
+
 def no_bomb(path):
     """The path, if it is no zip file (each checkpoint is one) that unfolds to more than it has."""
     with naming(path):
@@ -175,6 +180,18 @@ def read_tinyface(root):
     name = f"TinyFace, {(identity < 0).sum() or 'WITHOUT its'} distractors"
     part = np.where(folder == "Probe", "probes", "gallery")
     return Benchmark(name, [*map(str, paths)], (), identity, part)
+
+def make_pairs(name, sources, labels, limit=3000):
+    """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
+    rng, labels = np.random.default_rng(0), np.asarray(labels)
+    some = np.sort(rng.permutation(len(labels))[:4000])  # of them there are 8 million pairs
+    first, second = np.triu_indices(len(some), 1)
+    same = labels[some][first] == labels[some][second]
+    count = min(limit, same.sum(), (~same).sum()) // 5 * 5
+    chosen = np.stack([rng.choice(np.flatnonzero(same == kind), count, replace=False)
+                       for kind in (True, False)], 1).ravel()  # in turn, so that folds have both
+    pairs = first[chosen], second[chosen], same[chosen]
+    return Benchmark(name, [sources[i] for i in some], pairs, labels[some])
 
 # ---- 3. Scores ----------------------------------------------------------------------------------
 GRID = np.linspace(-1, 1, 401)
@@ -393,6 +410,15 @@ def draw(folder, name, curves):
     write_file(f"{path}.json", json.dumps(curves).encode())
 
 # ---- 6. Command line ----------------------------------------------------------------------------
+def number(kind, low, high=1e9):
+    """An argparse type: an int or float from `low` to `high`."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
 def device(text):
     """An argparse type: a torch.device that this machine has."""
     try:

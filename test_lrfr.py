@@ -590,7 +590,7 @@ def test_rank_1():
 
 def test_make_pairs():
     labels = [0] * 5 + [1] * 5 + [2] * 1
-    pairs = train.make_pairs("x", list("abcdefghijk"), labels)
+    pairs = evaluate.make_pairs("x", list("abcdefghijk"), labels)
     first, second, same = pairs.pairs
     assert "".join(pairs.sources) == "abcdefghijk"
     assert len(same) == 40 and same.sum() == 20
@@ -599,8 +599,8 @@ def test_make_pairs():
     for a, b, genuine in zip(first, second, same, strict=True):
         assert (labels[a] == labels[b]) == genuine and a != b
     with pytest.raises(ValueError, match="0 pairs"):
-        train.make_pairs("x", ["a", "b"], [0, 1])
-    many = train.make_pairs("x", np.arange(9000), np.arange(9000) % 100)
+        evaluate.make_pairs("x", ["a", "b"], [0, 1])
+    many = evaluate.make_pairs("x", np.arange(9000), np.arange(9000) % 100)
     assert len(many.sources) == 4000
     assert np.array_equal(many.identity, np.array(many.sources) % 100)
     assert len(many.pairs[2]) == 6000 and many.pairs[2].sum() == 3000
@@ -1008,7 +1008,7 @@ def test_drawn_faces_are_people(drawn):
 
 
 def test_image_folder_and_split(folder, tmp_path):
-    faces = train.Faces(folder, *train.image_folder(folder))
+    faces = train.Faces(folder, *evaluate.image_folder(folder))
     assert faces.classes == 8 and Counter(faces.labels.tolist()) == dict.fromkeys(range(8), 4)
     kept, held_out = faces.part(faces.labels < 5), faces.part(faces.labels >= 5, 5)
     assert kept.classes == 5 and held_out.classes == 3

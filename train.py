@@ -23,12 +23,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from evaluate import (RESOLUTIONS, SIZE, Benchmark, add_device_options, autocast, evaluate,
-                      keep_memory, no_bomb, precision, read_bin, read_image, run, table, write_file)
+from evaluate import (RESOLUTIONS, SIZE, add_device_options, autocast, evaluate, image_folder,
+                      keep_memory, make_pairs, no_bomb, number, precision, read_bin, read_image,
+                      run, table, write_file)
 from lrfr import (DEPTHS, LRFR, ArcFace, IResNet, MAug, degrade, l1_loss, l2_loss, load_backbone,
                   logexp_loss, parse_ratio, to_input)
 
@@ -175,11 +175,6 @@ def demo_faces(people, pictures, seed):
             files.append(file.getvalue())
     return Faces("demo", np.array(files, object), np.arange(people).repeat(pictures))
 
-def image_folder(root):
-    """`root`/identity/image.jpg (or .png ...) -> paths (n,) and labels (n,), in sorted order."""
-    faces = ImageFolder(root)
-    return np.array([path for path, _ in faces.samples], object), np.array(faces.targets)
-
 def open_data(name, holdout):
     """--data -> the identities to train on, those held out, and paths of .bin sets."""
     if name == "demo":
@@ -200,18 +195,6 @@ def open_data(name, holdout):
                          f"{holdout}: two or more must be left, as identity/image.jpg")
     bins = sorted(os.path.join(root, x) for x in os.listdir(root) if packed and x.endswith(".bin"))
     return faces.part(faces.labels < first), faces.part(faces.labels >= first, first), bins
-
-def make_pairs(name, sources, labels, limit=3000):
-    """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
-    rng, labels = np.random.default_rng(0), np.asarray(labels)
-    some = np.sort(rng.permutation(len(labels))[:4000])  # of them there are 8 million pairs
-    first, second = np.triu_indices(len(some), 1)
-    same = labels[some][first] == labels[some][second]
-    count = min(limit, same.sum(), (~same).sum()) // 5 * 5
-    chosen = np.stack([rng.choice(np.flatnonzero(same == kind), count, replace=False)
-                       for kind in (True, False)], 1).ravel()  # in turn, so that folds have both
-    pairs = first[chosen], second[chosen], same[chosen]
-    return Benchmark(name, [sources[i] for i in some], pairs, labels[some])
 
 def jitter(images, strength):
     """Turns, shifts, scales and lights each of (N, 3, H, W) uint8 at random: few people are learnt
@@ -241,15 +224,6 @@ def save_faces(path, faces, resolutions):
 DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3, "epochs": 5, "batch_size": 64,
         "lr": 0.1}
 WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
-
-def number(kind, low, high=1e9):
-    """An argparse type: an int or float from `low` to `high`."""
-    def parse(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
-        return value
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(

@@ -99,7 +99,7 @@ def decode(folder):
     torch.set_num_threads(1)
     packed = os.path.exists(os.path.join(folder, "train.rec"))
     faces = (train.record_file(folder) if packed else
-             train.Faces(folder, *train.image_folder(folder)))
+             train.Faces(folder, *evaluate.image_folder(folder)))
     count = min(3000, len(faces))
     sources = faces.sources[:count]
     sources = [io.BytesIO(faces.read(source)) for source in sources] if packed else sources
