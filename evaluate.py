@@ -15,10 +15,10 @@ import re
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from collections import defaultdict
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
@@ -28,33 +28,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import ImageFolder, is_image_file
 
 from lrfr import ArcFace, degrade, embed, load_backbone, logexp_grad, to_input
 
 SIZE = 112  # height and width of an aligned face
 BATCH = 64  # images at a time
 RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
-MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 50_000_000, None  # more may be a bomb; Pillow only warns
+Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many: they may be a bomb
 
 # ---- 1. Files -----------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")  # EPS would start Ghostscript
 say_once = cache(partial(print, file=sys.stderr, flush=True))
 
+@contextmanager
+def naming(what):
+    """Whatever a damaged or hostile file leads to becomes a ValueError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # of a dozen kinds
+        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # no address
+        raise ValueError(f"{what}: {reason or type(error).__name__}") from None
+
 def read_image(source, name=None):
     """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
     file, name = (io.BytesIO(source), name) if isinstance(source, bytes) else (source, source)
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if image.mode.startswith("I"):  # 16 bits, which convert would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image.load()  # convert makes a copy, even of RGB
-            image = image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # no address
-        raise ValueError(f"{name}: not a readable image ({reason})") from None
+    with naming(f"{name}: not a readable image"), Image.open(file, formats=FORMATS) as image:
+        if image.mode.startswith("I"):  # 16 bits, which convert would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
     if image.size != (SIZE, SIZE):
         say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -69,12 +71,10 @@ def image_folder(root):
 
 def no_bomb(path):
     """The path, if it is no zip file (each checkpoint is one) that unfolds to more than it has."""
-    try:
+    with naming(path):
         parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
         if parts and sum(part.file_size for part in parts) > os.path.getsize(path):
             raise ValueError("compressed, which no checkpoint is: it may be a bomb")
-    except Exception as error:  # of several kinds
-        raise ValueError(f"{path}: {error}") from None
     return path
 
 def write_file(path, content, previous=None):
@@ -82,15 +82,13 @@ def write_file(path, content, previous=None):
     temporary = Path(f"{path}.{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -100,48 +98,42 @@ class Benchmark:
     """Faces to verify (P pairs, in ten contiguous folds), to identify (a gallery), or both."""
     name: str
     sources: list  # of n images: paths, or the bytes of image files
-    pairs: tuple | None = None  # (P,) index of one image, (P,) of the other, (P,) bool: one person
-    identity: np.ndarray | None = None  # (n,) whose face it is, -1: nobody's
-    gallery: np.ndarray | None = None  # indices of images
-    probes: dict = field(default_factory=dict)  # {name of a set of probes: indices of images}
+    pairs: tuple = ()  # (P,) index of one image, (P,) of the other, (P,) bool: one person
+    identity: np.ndarray = ()  # (n,) whose face it is, -1: nobody's; or unknown
+    part: np.ndarray = ()  # (n,) "gallery", or the name of a set of probes
 
-def verification(path, sources, first, second, same, identity=None):
-    """The benchmark of these pairs. Its gallery: one image of each person, where that is known."""
-    if len(same) < 10:
-        raise ValueError(f"{path}: {len(same)} pairs; ten folds take at least ten")
-    name = os.path.basename(path).removesuffix(".bin")
-    data = Benchmark({"pairs.txt": "LFW", "xqlfw_pairs.txt": "XQLFW"}.get(name, name), sources,
-                     (first, second, np.asarray(same, bool)))
-    if identity is not None:
-        data.identity, data.gallery = identity, np.unique(identity, return_index=True)[1]
-        data.probes = {"": np.setdiff1d(np.arange(len(identity)), data.gallery)}
-    return data
+    def __post_init__(self):
+        if self.pairs and len(self.pairs[2]) < 10:
+            raise ValueError(f"{self.name}: {len(self.pairs[2])} pairs; ten folds take ten or more")
+        if len(self.part) < len(self.identity):  # of each person the first image is the gallery
+            self.part = np.full(len(self.identity), "", "<U7")
+            self.part[np.unique(self.identity, return_index=True)[1]] = "gallery"
 
-def read_lfw(root, file="pairs.txt"):
+def read_lfw(root, name="LFW", file="pairs.txt"):
     """LFW (or XQLFW): `root`/`file` lists pairs, `root`/Name/Name_0001.jpg are aligned images."""
     path, index, pairs = Path(root, file), {}, []
-    for count, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-        if not line.strip() or count == 1 and len(line.split()) <= 2:
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or number == 1 and len(line.split()) <= 2:
             continue  # the header: folds, and pairs of a kind per fold
         pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
         if not pair:
-            raise ValueError(f"{path}, line {count}: not a pair: {line.strip()[:80]!r}")
-        for name, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
-            image = os.path.join(root, name, f"{name}_{int(i):04d}.jpg")
-            if image not in index and not os.path.isfile(image):
-                raise ValueError(f"{path}, line {count}: {image[:200]} is missing")
+            raise ValueError(f"{path}, line {number}: not a pair: {line.strip()[:80]!r}")
+        for person, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
+            image = os.path.join(root, person, f"{person}_{int(i):04d}.jpg")
+            if not os.path.isfile(image):
+                raise ValueError(f"{path}, line {number}: {image} is missing")
             pairs.append(index.setdefault(image, len(index)))
     who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
     first, second = np.array(pairs, int).reshape(-1, 2).T
-    return verification(path, [*index], first, second, who[first] == who[second], who)
+    with naming(path):
+        return Benchmark(name, [*index], (first, second, who[first] == who[second]), who)
 
 BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets instead
     "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
     "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray(0, np.uint8),
     "numpy.core.multiarray.scalar": lambda dtype, content: any(content),
     "numpy.core.numeric._frombuffer": lambda content, *_: np.frombuffer(content, np.uint8),
-    "numpy.dtype": lambda code, *_: np.dtype({"u1": "u1", "b1": "b1"}[
-        code.decode() if isinstance(code, bytes) else code]),
+    "numpy.dtype": lambda *_: np.dtype("u1"),  # of JPEG files, and of flags
     "numpy.ndarray": None}
 
 class BinUnpickler(pickle._Unpickler):
@@ -152,55 +144,50 @@ class BinUnpickler(pickle._Unpickler):
 def read_bin(path):
     """InsightFace's .bin: a pickle of (images, issame); pair i is images 2 i and 2 i + 1."""
     content = io.BytesIO(Path(path).read_bytes())
-    try:
+    with naming(f"{path}: not a .bin: stops at, or asks for"):
         images, same = BinUnpickler(content, encoding="bytes").load()
         images = [image if isinstance(image, bytes) else image.tobytes() for image in images]
-        same = [bool(value) for value in same]
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
-        reason = str(error)[:60] or type(error).__name__
-        raise ValueError(f"{path}: not a .bin: stops at, or asks for, {reason}") from None
+        same = np.array([bool(value) for value in same], bool)
     if len(images) != 2 * len(same):
         raise ValueError(f"{path}: {len(images)} images for {len(same)} pairs")
-    return verification(path, images, *np.arange(len(images)).reshape(-1, 2).T, same)
+    first, second = np.arange(len(images)).reshape(-1, 2).T
+    with naming(path):
+        return Benchmark(Path(path).stem, images, (first, second, same))
 
 def images_below(root):
     """Paths of the images in a folder, however deep, sorted; aligned or cropped ones come first."""
-    paths = [path for path in Path(root).rglob("*")
-             if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp")]
+    paths = [path for path in Path(root).rglob("*") if is_image_file(path.name)]
     return sorted(paths, key=lambda path: (not re.search("align|crop", str(path).lower()), path))
 
 def read_scface(root, subjects="all"):
-    """SCface: 001_frontal.jpg; 001_cam1_1.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
+    """SCface: 001_frontal.jpg; 001_cam1_2.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
     subjects: "all" 130, or "test", the 80 from 051 on (those before are for fine-tuning)."""
-    found = {}  # {(subject, camera, distance): path}; 0 and 0 for a mugshot
+    found = {}
     for path in images_below(root):
-        parts = re.fullmatch("([0-9]{3})_(?:frontal|cam([1-5])_([123]))", path.stem.lower())
-        if parts and (subjects == "all" or int(parts[1]) > 50):
-            found.setdefault(tuple(int(part or 0) for part in parts.groups()), str(path))
-    person, _, distance = np.array(list(found), int).reshape(-1, 3).T
-    known, seen = set(person[distance == 0]), set(person[distance > 0])
+        name = re.fullmatch("([0-9]{3})_(frontal|cam[1-5]_[123])", path.stem.lower())
+        if name and (subjects == "all" or name[1] > "050"):
+            found.setdefault(name[0], str(path))
+    person = np.array([int(name[:3]) for name in found])
+    part = np.array(["gallery" if "frontal" in name else f"d{name[-1]}" for name in found])
+    known, seen = {*person[part == "gallery"]}, {*person[part != "gallery"]}
     if not known or known != seen:
-        lacking = min(known ^ seen, default=1)
-        raise ValueError(f"{root}: subject {lacking:03d} has no mugshot ({lacking:03d}_frontal.jpg)"
-                         f" or no surveillance image ({lacking:03d}_cam1_1.jpg)")
-    return Benchmark(f"SCface, {len(known)} subjects ({subjects})", list(found.values()), None,
-                     person, np.flatnonzero(distance == 0),
-                     {f"d{d}": np.flatnonzero(distance == d) for d in (1, 2, 3) if d in distance})
+        raise ValueError(f"{root}: subject {min(known ^ seen, default=1):03d} has no mugshot "
+                         "(like 001_frontal.jpg) or no surveillance image (001_cam1_1.jpg)")
+    name = f"SCface, {len(known)} subjects ({subjects})"
+    return Benchmark(name, [*found.values()], (), person, part)
 
 def read_tinyface(root):
     """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12."""
-    root = next(filter(os.path.isdir, [os.path.join(root, "Testing_Set")]), root)
-    folders = [images_below(os.path.join(root, name)) for name in (
-        "Probe", "Gallery_Match", "Gallery_Distractor")]
-    probe, match, distractors = map(len, folders)
-    if not probe or not match:
-        raise ValueError(f"{root}: {probe} images in Probe and {match} in Gallery_Match")
-    paths = list(itertools.chain(*folders))
-    people = [path.name.split("_")[0] for path in paths[:probe + match]]
-    identity = np.append(np.unique(people, return_inverse=True)[1], np.full(distractors, -1))
-    note = f"{distractors:,} distractors" if distractors else "WITHOUT its distractors"
-    return Benchmark(f"TinyFace, {note}", list(map(str, paths)), None, identity,
-                     np.arange(probe, len(paths)), {"probes": np.arange(probe)})
+    paths = [path for path in images_below(root)
+             if path.parent.name in ("Probe", "Gallery_Match", "Gallery_Distractor")]
+    folder = np.array([path.parent.name for path in paths])
+    if not {"Probe", "Gallery_Match"} <= {*folder}:
+        raise ValueError(f"{root}: no images in Probe, or none in Gallery_Match")
+    identity = np.unique([path.name.split("_")[0] for path in paths], return_inverse=True)[1]
+    identity[folder == "Gallery_Distractor"] = -1
+    name = f"TinyFace, {(identity < 0).sum() or 'WITHOUT its'} distractors"
+    part = np.where(folder == "Probe", "probes", "gallery")
+    return Benchmark(name, [*map(str, paths)], (), identity, part)
 
 def make_pairs(name, sources, labels, limit=3000):
     """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
@@ -211,8 +198,8 @@ def make_pairs(name, sources, labels, limit=3000):
     count = min(limit, same.sum(), (~same).sum()) // 5 * 5
     chosen = np.stack([rng.choice(np.flatnonzero(same == kind), count, replace=False)
                        for kind in (True, False)], 1).ravel()  # in turn, so that folds have both
-    return verification(name, [sources[i] for i in some], first[chosen], second[chosen],
-                        same[chosen], labels[some])
+    pairs = first[chosen], second[chosen], same[chosen]
+    return Benchmark(name, [sources[i] for i in some], pairs, labels[some])
 
 # ---- 3. Scores ----------------------------------------------------------------------------------
 GRID = np.linspace(-1, 1, 401)
@@ -227,7 +214,7 @@ def ten_folds(scores, same):
     accuracies = [fold[i].mean() for i, fold in zip(best, folds)]
     return float(np.mean(accuracies)), float(np.std(accuracies)), float(GRID[best].mean())
 
-FARS = np.logspace(-3, 0, 31).tolist()  # of a ROC curve; the first is that of TAR
+FARS = np.logspace(-3, 0, 31)  # of a ROC curve; the first is that of TAR
 
 def tar_at_far(scores, same, far=FARS):
     """Share of the genuine pairs above the score that a share `far` of the impostors passes."""
@@ -237,17 +224,19 @@ def tar_at_far(scores, same, far=FARS):
     limits = impostors[(np.asarray(far) * (len(impostors) - 1)).astype(int)]
     return (scores[same] > limits[:, None]).mean(1).tolist()
 
-def ranks(gallery, gallery_identity, probes, probe_identity, block=64):
-    """Unit embeddings, gallery (G, D), probes (n, D) -> (n,) rank, from 1, of the first gallery
-    image of each probe's person; a huge one if none. Blocks of probes keep the memory small."""
-    found = []
+def identify(gallery, gallery_identity, probes, probe_identity, block=64):
+    """Unit embeddings, gallery (G, D), probes (n, D), and whose they are -> results; cmc[k - 1] is
+    the share of the probes whose person is among the k nearest. Blocks keep the memory small."""
+    hits = torch.zeros(50, dtype=torch.float64)
     for i in range(0, len(probes), block):
         cosines = probes[i:i + block] @ gallery.T
         mates = torch.from_numpy(probe_identity[i:i + block, None] == gallery_identity)
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)
         rank = 1 + ((cosines >= best) & ~mates).sum(1)  # of equals the stranger comes first
-        found.append(torch.where(mates.any(1), rank, 2**31))
-    return torch.cat(found).numpy()
+        hits += (rank[mates.any(1), None] <= torch.arange(1, 51)).sum(0)
+    cmc = (hits / len(probes)).tolist()
+    return {"gallery": len(gallery), "probes": len(probes), "rank1": cmc[0], "rank5": cmc[4],
+            "rank20": cmc[19], "cmc": cmc}
 
 # ---- 4. Running a backbone ----------------------------------------------------------------------
 def keep_memory():
@@ -270,75 +259,66 @@ def autocast(device, amp):
 
 def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
     """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
-    out, start = {}, time.time()
+    parts, start = defaultdict(list), time.time()
     names, shown = [f"{name}, image {i}" for i in range(len(sources))], start
     with ThreadPoolExecutor(4) as pool, autocast(device, amp):
         for i in range(0, len(sources), BATCH):
-            part = slice(i, i + BATCH)
-            images = [*pool.map(read_image, sources[part], names[part])]
+            images = [*pool.map(read_image, sources[i:i + BATCH], names[i:i + BATCH])]
             images = to_input(torch.stack(images), device)
             for px, key in itertools.product(resolutions, backbones):
                 embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
                 if not embeddings.isfinite().all():
                     raise ValueError(f"{key}: its embeddings are not finite numbers")
-                if i == 0:
-                    out[key, px] = torch.empty(len(sources), embeddings.shape[1])
-                out[key, px][part] = embeddings
+                parts[key, px].append(embeddings.float())
             done, now = i + len(images), time.time()
             if now - shown > 5 or done == len(sources) and now - start > 5:
                 shown, rate = now, done / (now - start)
                 left = timedelta(0, (len(sources) - done) // rate)
                 print(f"{name}: {done:,} of {len(sources):,} images, {rate:.0f}/s, {left} left",
                       flush=True)
-    return out
+    return {key: torch.cat(parts.pop(key)) for key in [*parts]}  # frees what is joined
 
-def evaluate(backbones, data, resolutions, device, amp, flip="sum", plots=None):
-    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON; pairs are
-    degraded to each of `resolutions`, a benchmark without pairs is taken as it is. Into `plots` go
-    the curves to draw, {name of a picture: {label: [(x, y), ...]}}."""
-    resolutions, rows = resolutions if data.pairs else [SIZE], []
-    plots = defaultdict(dict) if plots is None else plots
-    ends = min(resolutions), max(resolutions)
+def evaluate(backbones, data, resolutions, device, amp, flip="sum"):
+    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON, and curves,
+    {name of a picture: {label: [(x, y), ...]}}. Pairs are degraded to each of `resolutions`; a
+    benchmark without pairs is taken as it is."""
+    resolutions, rows, plots = resolutions if data.pairs else [SIZE], [], defaultdict(dict)
+    lowest, highest = min(resolutions), max(resolutions)
     embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
                                device, amp, flip)
+    parts = {part: np.flatnonzero(data.part == part) for part in sorted({*data.part})}
+    gallery = parts.pop("gallery", None)
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
         row = {"set": data.name, "checkpoint": name, "px": px, "flip": flip}
-        if data.pairs:
+        for way, other in (("both", degraded), ("cross", sharp)) if data.pairs else ():
             first, second, same = data.pairs
-            row["pairs"] = len(same)
-            for way, other in (("both", degraded), ("cross", sharp)):
-                scores = (other[first] * degraded[second]).sum(1).double().numpy()
-                accuracy, std, threshold = ten_folds(scores, same)
-                roc = tar_at_far(scores, same)
-                row |= {f"{way}_accuracy": accuracy, f"{way}_std": std,
-                        f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
-                plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
-            if px in ends and roc[0] is not None:
+            scores = (other[first] * degraded[second]).sum(1).double().numpy()
+            accuracy, std, threshold = ten_folds(scores, same)
+            roc = tar_at_far(scores, same)
+            row |= {"pairs": len(same), f"{way}_accuracy": accuracy, f"{way}_std": std,
+                    f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
+            plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
+            if px in (lowest, highest) and roc[0] is not None:
                 plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
-        cmcs = {}  # share of the probes whose person is among the k nearest, k = 1 .. 50
-        for part, probes in data.probes.items():
-            found = ranks(sharp[data.gallery], data.identity[data.gallery], degraded[probes],
-                          data.identity[probes])
-            cmcs[part] = [float((found <= k).mean()) for k in range(1, 51)]
-        if len(cmcs) > 1:
-            cmcs["average"] = np.mean(list(cmcs.values()), 0).tolist()
-        for part, cmc in cmcs.items():
-            probes = len(data.probes.get(part, ())) or ""
-            rows.append(row | {"part": part, "gallery": len(data.gallery), "probes": probes,
-                               "rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
-            if px in ends:
-                plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
-        rows += [] if cmcs else [row]
-        if px == ends[0] < SIZE:
+        found = {part: identify(sharp[gallery], data.identity[gallery], degraded[probes],
+                                data.identity[probes]) for part, probes in parts.items()}
+        if len(found) > 1:  # over distances, however many probes each has
+            found["average"] = {key: np.mean([part[key] for part in found.values()], 0).tolist()
+                                for key in ("rank1", "rank5", "rank20", "cmc")} | {"probes": ""}
+        rows += [row | {"part": part} | ranks for part, ranks in found.items()] or [row]
+        for part, ranks in found.items() if px in (lowest, highest) else ():
+            label = f"{name}, {part or f'{px} px'}"
+            plots[f"{data.name}, CMC"][label] = [*enumerate(ranks["cmc"], 1)]
+        if px == lowest < SIZE:
             error = (sharp - degraded).abs().numpy() * sharp.shape[1] ** 0.5
             density, edges = np.histogram(error, 60, (0, 4), density=True)
-            curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1).tolist()
-            plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve
-        if px == ends[0] and data.identity is not None and len(np.unique(data.identity)) > 12:
+            curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1)
+            plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve.tolist()
+        if px == lowest < SIZE and len({*data.identity}) > 12:
             plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
                 px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
-    return rows
+    return rows, plots
 
 COLUMNS = {"px": "px", "checkpoint": "checkpoint", "both_accuracy": "both", "both_std": "std",
            "both_tar": "TAR", "both_threshold": "cos >=", "cross_accuracy": "cross",
@@ -377,27 +357,25 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
     """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
     all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
     x_i (or all, if fewer) spread evenly over `root`, the image folder that it was trained on."""
-    (sources, labels), state = image_folder(root), torch.load(path, "cpu", weights_only=True)
-    try:
+    sources, labels = image_folder(root)
+    with naming(f"--study: {path} holds no classifier, or not of the identities in {root}"):
+        state = torch.load(path, "cpu", weights_only=True)
         scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
-        head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
+        head = ArcFace(*state["head"]["weight"].shape, scale, margin)
         head.load_state_dict(state["head"])
         known = (labels < len(head.weight)).sum()  # those held out come behind
         if known != state["args"]["images"]:
-            raise ValueError
-    except Exception:  # of several kinds, for a checkpoint that another program made
-        raise ValueError(f"--study: {path} holds no classifier, or not of the identities in {root}"
-                         ) from None
-    count = min(count, known)
-    chosen = np.linspace(0, known - 1, count).astype(int)
+            raise ValueError(f"{known} images, not {state['args']['images']}")
+    chosen = np.linspace(0, known - 1, min(count, known)).astype(int)
     images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
+    labels, head = torch.from_numpy(labels[chosen]).to(device), head.to(device)
     amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
-    labels, head, curve = torch.from_numpy(labels[chosen]).to(device), head.to(device), []
+    curve = []
     for px in STUDY:
         backbone.zero_grad()
         for x, y in zip(degrade(images, px).split(BATCH), labels.split(BATCH)):
             with autocast(device, amp):
-                loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / count
+                loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / len(chosen)
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), torch.inf)  # clips nothing
         curve.append((px, norm.item()))
@@ -484,12 +462,12 @@ def main(argv=None):
         add(option, metavar="PATH", nargs="+", action="extend", default=[], help=text, dest="sets",
             type=lambda path: (read, path))
     add_set("--lfw", read_lfw, "folder with pairs.txt and the aligned images")
-    add_set("--xqlfw", partial(read_lfw, file="xqlfw_pairs.txt"), "the same with xqlfw_pairs.txt")
+    add_set("--xqlfw", partial(read_lfw, name="XQLFW", file="xqlfw_pairs.txt"), "XQLFW, likewise")
     add_set("--bin", read_bin, "verification set of InsightFace")
     add_set("--scface", read_scface, "folder with mugshots and surveillance images")
     add_set("--tinyface", read_tinyface, "TinyFace, or its Testing_Set")
-    add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
     add("--match", metavar="IMAGE", nargs="+", default=[], help="cosines of aligned faces")
+    add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
     add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
         help="to degrade pairs to, in pixels")
     add("--study", metavar="DIR", help="the paper's: 19 resolutions, and gradient norms on DIR, "
@@ -516,35 +494,34 @@ def main(argv=None):
     keep_memory()
     backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
-    options = args.device, args.amp, args.flip
-    rows, plots = [], defaultdict(dict, distances=slopes())
-    def save():  # after each set, so that little is lost
-        if args.json and rows:
+    options, rows, norms = (args.device, args.amp, args.flip), [], {}
+    if args.plots:
+        draw(args.plots, "distances", slopes())
+    def report(text, new, plots):  # after each part, so that little is lost
+        print(text, flush=True)
+        rows.extend(new)
+        if args.json:
             write_file(args.json, json.dumps(rows).encode())
-        while plots and args.plots:
-            draw(args.plots, *plots.popitem())
-    save()  # the first picture: a folder that cannot be written fails now, too
-    for name in backbones if args.study else ():
-        norms = gradient_norms(name, backbones[name], args.study, args.device, args.amp)
-        plots["gradient"][name] = norms
-        rows.append({"checkpoint": name, "gradient_norms": norms})
-        print(f"{name}: norm of the classification gradient",
-              ", ".join(f"{norm:.3g} at {px} px" for px, norm in norms))
+        for name, curves in plots.items() if args.plots else ():
+            draw(args.plots, name, curves)
+    for name, backbone in backbones.items() if args.study else ():
+        norms[name] = gradient_norms(name, backbone, args.study, args.device, args.amp)
+        text = ", ".join(f"{norm:.3g} at {px} px" for px, norm in norms[name])
+        report(f"{name}: norm of the classification gradient {text}",
+               [{"checkpoint": name, "gradient_norms": norms[name]}], {"gradient": norms})
     if args.match:
         print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
         embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
         for name in backbones:
-            faces = zip(args.match, embeddings[name, SIZE])
-            for (a, x), (b, y) in itertools.combinations(faces, 2):
-                cosine = float(x @ y)
-                rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
-                print(f"{cosine:7.3f}  {a}  {b}  {name}")
-    save()
+            pairs = itertools.combinations(zip(args.match, embeddings[name, SIZE]), 2)
+            new = [{"checkpoint": name, "match": [a, b], "cosine": float(x @ y)}
+                   for (a, x), (b, y) in pairs]
+            line = "{cosine:7.3f}  {match[0]}  {match[1]}  {checkpoint}"
+            report("\n".join(line.format(**row) for row in new), new, {})
+    px = [*dict.fromkeys(args.resolutions)]
     for data in sets:
-        resolutions = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
-        rows += (new := evaluate(backbones, data, resolutions, *options, plots))
-        print(table(new), flush=True)
-        save()
+        new, plots = evaluate(backbones, data, STUDY if args.study else px, *options)
+        report(table(new), new, plots)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -87,7 +87,8 @@ def record_file(root):
     for each identity with the key of its first: few reads tell all. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
-        keys, offsets = np.loadtxt(index, np.int64, ndmin=2, unpack=True)
+        lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else np.empty((0, 2))
+        keys, offsets = lines.T
         if not 0 <= offsets.min() <= (last := offsets.max()) < os.path.getsize(path) - 7:
             raise ValueError("some are outside of train.rec; is it cut short?")
     except ValueError as error:
@@ -346,8 +347,9 @@ def main(argv=None):
                 print(json.dumps(entry), file=file)
 
     def test(benchmarks, step):
+        trained = {args.out: backbone.eval()}
         for data in benchmarks if RANK == 0 else []:
-            rows = evaluate({args.out: backbone.eval()}, data, RESOLUTIONS, args.device, args.amp)
+            rows, _ = evaluate(trained, data, RESOLUTIONS, args.device, args.amp)
             report(table(rows), step=step, evaluation=rows)
         backbone.train()
 
@@ -356,7 +358,7 @@ def main(argv=None):
             torch.zeros(1, device=args.device).item()  # waits for the device
             ends.append((part, time.perf_counter()))
 
-    report(f"{len(faces):,} images of {args.classes:,} identities; to {args.out}", args=arguments)
+    report(f"{len(faces):,} images of {args.classes:,} identities; run: {args.out}", args=arguments)
     stops, ends = [], []  # signals that have come in; when which part of a step was done
     if args.profile:
         backbone.register_forward_pre_hook(partial(lap, "crops, flips and MAug"))
