@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import time
+import warnings
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ SIZE = 112  # height and width of an aligned face
 BATCH = 64  # images at a time
 RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many: they may be a bomb
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 # ---- 1. Files -----------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")  # EPS would start Ghostscript
@@ -43,12 +45,12 @@ say_once = cache(partial(print, file=sys.stderr, flush=True))
 
 @contextmanager
 def naming(what):
-    """Whatever a damaged or hostile file leads to becomes a ValueError that begins with `what`."""
+    """What a hostile file or a full disk leads to becomes a ValueError that begins with `what`."""
     try:
         yield
     except Exception as error:  # of a dozen kinds
         reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # no address
-        raise ValueError(f"{what}: {reason or type(error).__name__}") from None
+        raise ValueError(f"{what}: {reason[:200] or type(error).__name__}") from error
 
 def read_image(source, name=None):
     """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
@@ -70,7 +72,7 @@ def image_folder(root):
     return np.array([path for path, _ in samples], object), labels
 
 def no_bomb(path):
-    """The path, if it is no zip file (each checkpoint is one) that unfolds to more than it has."""
+    """The path, unless it is a zip file (each checkpoint is one) that unfolds to more than that."""
     with naming(path):
         parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
         if parts and sum(part.file_size for part in parts) > os.path.getsize(path):
@@ -82,13 +84,14 @@ def write_file(path, content, previous=None):
     temporary = Path(f"{path}.{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and os.path.exists(path):
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and os.path.exists(path):
+                os.replace(path, previous)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,8 +102,8 @@ class Benchmark:
     name: str
     sources: list  # of n images: paths, or the bytes of image files
     pairs: tuple = ()  # (P,) index of one image, (P,) of the other, (P,) bool: one person
-    identity: np.ndarray = ()  # (n,) whose face it is, -1: nobody's; or unknown
-    part: np.ndarray = ()  # (n,) "gallery", or the name of a set of probes
+    identity: np.ndarray = ()  # (n,) whose face it is, -1: nobody's; (), if unknown
+    part: np.ndarray = ()  # (n,) "gallery", or a name of probes; (): gallery is each person's first
 
     def __post_init__(self):
         if self.pairs and len(self.pairs[2]) < 10:
@@ -121,7 +124,7 @@ def read_lfw(root, name="LFW", file="pairs.txt"):
         for person, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
             image = os.path.join(root, person, f"{person}_{int(i):04d}.jpg")
             if not os.path.isfile(image):
-                raise ValueError(f"{path}, line {number}: {image} is missing")
+                raise ValueError(f"{path}, line {number}: {image[:200]} is missing")
             pairs.append(index.setdefault(image, len(index)))
     who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
     first, second = np.array(pairs, int).reshape(-1, 2).T
@@ -133,11 +136,13 @@ BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets i
     "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray(0, np.uint8),
     "numpy.core.multiarray.scalar": lambda dtype, content: any(content),
     "numpy.core.numeric._frombuffer": lambda content, *_: np.frombuffer(content, np.uint8),
-    "numpy.dtype": lambda *_: np.dtype("u1"),  # of JPEG files, and of flags
+    "numpy.dtype": lambda *_: np.dtype("u1"),  # bytes, whatever it asks for
     "numpy.ndarray": None}
 
 class BinUnpickler(pickle._Unpickler):
     """Calls nothing but BIN_CALLS. (The unpickler in C takes whatever memory a file asks for.)"""
+    dispatch = pickle._Unpickler.dispatch | {  # for a bytearray Python's own takes it, too
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
     def find_class(self, module, name):
         return BIN_CALLS[f"{module}.{name}".replace("numpy._core", "numpy.core")]
 
@@ -178,15 +183,16 @@ def read_scface(root, subjects="all"):
 
 def read_tinyface(root):
     """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12."""
-    paths = [path for path in images_below(root)
-             if path.parent.name in ("Probe", "Gallery_Match", "Gallery_Distractor")]
-    folder = np.array([path.parent.name for path in paths])
-    if not {"Probe", "Gallery_Match"} <= {*folder}:
+    root = next(filter(os.path.isdir, [os.path.join(root, "Testing_Set")]), root)
+    folders = [images_below(os.path.join(root, name)) for name in (
+        "Probe", "Gallery_Match", "Gallery_Distractor")]
+    paths, folder = [*itertools.chain(*folders)], np.arange(3).repeat([*map(len, folders)])
+    if not folders[0] or not folders[1]:
         raise ValueError(f"{root}: no images in Probe, or none in Gallery_Match")
     identity = np.unique([path.name.split("_")[0] for path in paths], return_inverse=True)[1]
-    identity[folder == "Gallery_Distractor"] = -1
+    identity[folder == 2] = -1
     name = f"TinyFace, {(identity < 0).sum() or 'WITHOUT its'} distractors"
-    part = np.where(folder == "Probe", "probes", "gallery")
+    part = np.where(folder == 0, "probes", "gallery")
     return Benchmark(name, [*map(str, paths)], (), identity, part)
 
 def make_pairs(name, sources, labels, limit=3000):
@@ -225,8 +231,8 @@ def tar_at_far(scores, same, far=FARS):
     return (scores[same] > limits[:, None]).mean(1).tolist()
 
 def identify(gallery, gallery_identity, probes, probe_identity, block=64):
-    """Unit embeddings, gallery (G, D), probes (n, D), and whose they are -> results; cmc[k - 1] is
-    the share of the probes whose person is among the k nearest. Blocks keep the memory small."""
+    """Unit embeddings, gallery (G, D), probes (n, D), and whose they are -> the share of the probes
+    whose person is among the k nearest, k = 1 .. 50. Blocks keep the memory small."""
     hits = torch.zeros(50, dtype=torch.float64)
     for i in range(0, len(probes), block):
         cosines = probes[i:i + block] @ gallery.T
@@ -234,9 +240,7 @@ def identify(gallery, gallery_identity, probes, probe_identity, block=64):
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)
         rank = 1 + ((cosines >= best) & ~mates).sum(1)  # of equals the stranger comes first
         hits += (rank[mates.any(1), None] <= torch.arange(1, 51)).sum(0)
-    cmc = (hits / len(probes)).tolist()
-    return {"gallery": len(gallery), "probes": len(probes), "rank1": cmc[0], "rank5": cmc[4],
-            "rank20": cmc[19], "cmc": cmc}
+    return (hits / len(probes)).tolist()
 
 # ---- 4. Running a backbone ----------------------------------------------------------------------
 def keep_memory():
@@ -259,11 +263,11 @@ def autocast(device, amp):
 
 def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
     """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
-    parts, start = defaultdict(list), time.time()
-    names, shown = [f"{name}, image {i}" for i in range(len(sources))], start
+    parts, shown = defaultdict(list), (start := time.time())
     with ThreadPoolExecutor(4) as pool, autocast(device, amp):
         for i in range(0, len(sources), BATCH):
-            images = [*pool.map(read_image, sources[i:i + BATCH], names[i:i + BATCH])]
+            images = [*pool.map(read_image, sources[i:i + BATCH],
+                                (f"{name}, image {j}" for j in itertools.count(i)))]
             images = to_input(torch.stack(images), device)
             for px, key in itertools.product(resolutions, backbones):
                 embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
@@ -304,18 +308,20 @@ def evaluate(backbones, data, resolutions, device, amp, flip="sum"):
         found = {part: identify(sharp[gallery], data.identity[gallery], degraded[probes],
                                 data.identity[probes]) for part, probes in parts.items()}
         if len(found) > 1:  # over distances, however many probes each has
-            found["average"] = {key: np.mean([part[key] for part in found.values()], 0).tolist()
-                                for key in ("rank1", "rank5", "rank20", "cmc")} | {"probes": ""}
-        rows += [row | {"part": part} | ranks for part, ranks in found.items()] or [row]
-        for part, ranks in found.items() if px in (lowest, highest) else ():
-            label = f"{name}, {part or f'{px} px'}"
-            plots[f"{data.name}, CMC"][label] = [*enumerate(ranks["cmc"], 1)]
+            found["average"] = np.mean([*found.values()], 0).tolist()
+        rows += [] if found else [row]
+        for part, cmc in found.items():
+            rows.append(row | {
+                "part": part, "gallery": len(gallery), "probes": len(parts.get(part, ())) or "",
+                "rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
+            if px in (lowest, highest):
+                plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
         if px == lowest < SIZE:
             error = (sharp - degraded).abs().numpy() * sharp.shape[1] ** 0.5
             density, edges = np.histogram(error, 60, (0, 4), density=True)
             curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1)
             plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve.tolist()
-        if px == lowest < SIZE and len({*data.identity}) > 12:
+        if px == lowest and len({*data.identity}) > 12:
             plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
                 px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
     return rows, plots
@@ -361,7 +367,7 @@ def gradient_norms(path, backbone, root, device, amp, count=256):
     with naming(f"--study: {path} holds no classifier, or not of the identities in {root}"):
         state = torch.load(path, "cpu", weights_only=True)
         scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
-        head = ArcFace(*state["head"]["weight"].shape, scale, margin)
+        head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
         head.load_state_dict(state["head"])
         known = (labels < len(head.weight)).sum()  # those held out come behind
         if known != state["args"]["images"]:
@@ -479,7 +485,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
-    if not args.sets and not args.study and len(args.match) < 2:
+    if len(args.match) == 1 or not (args.sets or args.study or args.match):
         parser.error("nothing to do: give --lfw or another set, --study, or --match A B")
     sets = []
     for read, path in dict.fromkeys(args.sets):
@@ -488,9 +494,8 @@ def main(argv=None):
         if data.name in [other.name for other in sets]:
             data.name += f" of {path}"
         sets.append(data)
-    if args.json:
-        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-        open(args.json, "ab").close()  # what cannot be written fails now, not after hours
+    if args.json:  # what cannot be written fails now, not after hours
+        write_file(args.json, Path(args.json).read_bytes() if os.path.exists(args.json) else b"")
     keep_memory()
     backbones = {path: load_backbone(no_bomb(path)).to(
         args.device, memory_format=torch.channels_last) for path in args.checkpoints}
@@ -518,9 +523,9 @@ def main(argv=None):
                    for (a, x), (b, y) in pairs]
             line = "{cosine:7.3f}  {match[0]}  {match[1]}  {checkpoint}"
             report("\n".join(line.format(**row) for row in new), new, {})
-    px = [*dict.fromkeys(args.resolutions)]
+    px = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
     for data in sets:
-        new, plots = evaluate(backbones, data, STUDY if args.study else px, *options)
+        new, plots = evaluate(backbones, data, px, *options)
         report(table(new), new, plots)
 
 if __name__ == "__main__":
