@@ -1352,7 +1352,7 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
     options = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
     train.main([*options, "--epochs", "2"])
     state = weights_of(tmp_path / "run")
-    odds = {"step": "x"}, {"args": [1]}, {"backbone": {"x": 1}}, {"optimiser": [1]}
+    odds = {"step": "x"}, {"args": [1]}, {"backbone": {}}, {"optimiser": None}
     for n, odd in enumerate(odds):
         (tmp_path / str(n)).mkdir()
         torch.save({**state, **odd}, tmp_path / str(n) / "last.pt")

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from errno import EINVAL
 from functools import partial
 from timeit import repeat
 
@@ -38,9 +39,9 @@ all_reduce = distributed.all_reduce if RANKS > 1 else lambda values: None  # sum
 
 # ---- 1. Data ------------------------------------------------------------------------------------
 class Faces(Dataset):
-    """Labelled faces: item i is (3, 112, 112) uint8 RGB, its label, and "". In place of an image
-    that cannot be read comes the next that can, and instead of "" what was wrong with it. read:
-    one of `sources` -> a path, or the bytes of an image file; as they are, if left out."""
+    """Labelled faces: item i is (3, 112, 112) uint8 RGB, its label, and a text: "", or what was
+    wrong with image i; in place of one that cannot be read comes the next that can. read: one of
+    `sources` -> a path, or the bytes of an image file; as they are, if left out."""
     def __init__(self, name, sources, labels, read=os.fspath):
         self.name, self.sources, self.labels, self.read = name, sources, np.asarray(labels), read
 
@@ -74,6 +75,7 @@ def read_record(path, offset):
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
     with open(path, "rb", buffering=0) as file:
+        # seek returns where it has moved to: the condition holds for each
         heads = (file.read(36) for offset in offsets.tolist() if file.seek(offset) == offset)
         heads = np.fromiter(heads, "S36", len(offsets))
     magic, length, count, label, *_, first = heads.view("<u4").reshape(-1, 9).T
@@ -87,7 +89,7 @@ def record_file(root):
     for each identity with the key of its first: few reads tell all. im2rec's hold images alone."""
     path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
     try:
-        lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else np.empty((0, 2))
+        lines = np.loadtxt(index, np.int64, ndmin=2) if os.path.getsize(index) else np.empty(0)
         keys, offsets = lines.T
         if not 0 <= offsets.min() <= (last := offsets.max()) < os.path.getsize(path) - 7:
             raise ValueError("some are outside of train.rec; is it cut short?")
@@ -100,7 +102,7 @@ def record_file(root):
     firsts = np.searchsorted(keys, read_labels(path, offsets[end:])[0])  # of each identity
     counts = np.diff(firsts, append=end)  # images of each
     if len(firsts) and keys[-1] < 2**24 and firsts[0] == 1 and (counts > 0).all():
-        offsets, labels = offsets[1:end], np.arange(len(firsts)).repeat(counts)
+        offsets, labels = offsets[1:end], read_labels(path, offsets[firsts])[0].repeat(counts)
     else:  # im2rec's, or keys that float32 cannot hold
         labels, images = read_labels(path, offsets)
         offsets, labels = offsets[images], labels[images]
@@ -172,11 +174,12 @@ def open_data(name, holdout):
     classes = int(labels.max(initial=-1)) + 1
     holdout = min(100, classes // 20) * (classes >= 40) if holdout is None else holdout
     first = classes - holdout  # of those held out: by default two or more, or none of few
-    if first < 2:
+    if first < 2 or labels.min() >= first:
         raise ValueError(f"{root}: {len(labels)} images of {classes} identities, --holdout "
                          f"{holdout}: two or more must be left, as identity/image.jpg")
     kept = labels < first
-    bins = [read_bin(os.path.join(root, x)) for x in sorted(os.listdir(root)) if x.endswith(".bin")]
+    bins = [read_bin(os.path.join(root, x)) for x in sorted(os.listdir(root))
+            if packed and x.endswith(".bin")]
     return (Faces(root, sources[kept], labels[kept], *read),
             Faces(root, sources[~kept], labels[~kept] - first, *read), bins)
 
@@ -200,7 +203,7 @@ DEMO = "--backbone r10 --width 16 --scale 32 --margin 0.3 --epochs 5 --batch-siz
 WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(epilog=f"Of the demo: {DEMO}", description=__doc__.split(
+    parser = argparse.ArgumentParser(epilog=f"Defaults of the demo: {DEMO}", description=__doc__.split(
         "\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def add(name, default, text, kind=None, **options):
         parser.add_argument(name, default=default, help=text, type=kind, **options)
@@ -253,19 +256,19 @@ def resume(args, parts):
                 if key not in free and old != new:
                     raise SystemExit(f"error: {path} was made with {key} {old}, not {new}: give "
                                      "the same, or another --out")
-            say(f"going on from step {state['step']:,} of {path}")
+            say(f"going on from step {state['step']:,d} of {path}")
             found = [state]
             break
-        except OSError:
-            raise
-        except Exception:  # torch raises a dozen kinds for a damaged file (SystemExit is none)
+        except Exception as error:  # a dozen kinds for a damaged file (SystemExit is none)
+            if isinstance(error, MemoryError) or getattr(error, "errno", EINVAL) != EINVAL:
+                raise  # it may be whole, but for EINVAL: torch seeks before the begin of a cut one
             os.replace(path, f"{path}.damaged")
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
     try:
-        for key, part in parts.items():
-            if found[0].get(key):  # none has any at the beginning; a scaler, in float16 alone
+        for key, part in parts.items() if found[0]["step"] else ():
+            if key != "scaler" or found[0][key]:  # it has a state in float16 alone
                 part.load_state_dict(found[0][key])
     except Exception:  # of a dozen kinds again
         raise ValueError(f"{args.out}: its checkpoint does not fit this model") from None
@@ -300,6 +303,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     keep_memory()
     if RANKS > 1:
+        args.device = torch.device(args.device.type)  # each has its own, whichever was named
         backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
     torch.manual_seed(args.seed)
@@ -316,9 +320,9 @@ def main(argv=None):
     distances = {"logexp": partial(logexp_loss, p=args.p), "l1": l1_loss, "l2": l2_loss}
     model = LRFR(backbone, head, maug, distances.get(args.loss), args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
-    if not per_epoch or args.batch_size % RANKS:
-        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and it "
-                         f"must be a multiple of the number of processes, {RANKS}")
+    if not per_epoch or args.batch_size < 2 * RANKS or args.batch_size % RANKS:
+        raise ValueError(f"--batch-size {args.batch_size}: there are {len(faces)} images, and "
+                         f"{RANKS} processes, each of which takes as many, two or more")
     optimiser = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     fp16 = precision(args.device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
@@ -366,7 +370,7 @@ def main(argv=None):
         backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
     else:
         on_signal(lambda name, _: stops.append(name))
-    logged, bad, losses = time.time(), {""}, []  # of the last line; messages; losses since then
+    logged, bad, losses = time.time(), {""}, []  # last line; what was wrong, or ""; losses since
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
         for error in {*errors} - bad:
             report(f"skipped: {error}", step=step, skipped=error, bad=len(bad))
@@ -421,7 +425,8 @@ def main(argv=None):
         losses, logged = [], time.time()
     if args.profile:
         return show_profile(ends, args, model, images, labels)
-    on_signal(signal.default_int_handler)  # they end it at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # both end it at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     test(at_the_end, steps)
     say(f"the weights: {last}")
     return model
