@@ -203,7 +203,7 @@ DEMO = "--backbone r10 --width 16 --scale 32 --margin 0.3 --epochs 5 --batch-siz
 WEIGHTS = {"logexp": 300.0, "l1": 16.0, "l2": 180.0}  # as strong as each other at a cosine of 0.5
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(epilog=f"Defaults of the demo: {DEMO}", description=__doc__.split(
+    parser = argparse.ArgumentParser(epilog=f"With the demo: {DEMO}", description=__doc__.split(
         "\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def add(name, default, text, kind=None, **options):
         parser.add_argument(name, default=default, help=text, type=kind, **options)
