@@ -1376,14 +1376,14 @@ def test_resume_passes_over_damage_and_refuses_contradictions(folder, tmp_path, 
                             (["--width", "32"], "made with width 16, not 32"),
                             (["--lr", "0.5"], "made with lr 0.02, not 0.5"),
                             (["--maug", "1:1:1"], "made with maug 1:1:2, not 1:1:1")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             train.main([*options, *change])
     shutil.copytree(folder, tmp_path / "more")
     shutil.copytree(folder / "00", tmp_path / "more" / "99")
     state = weights_of(tmp_path / "run")
     state["args"] |= {"data": str(tmp_path / "more"), "images": 36}
     torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(SystemExit, match=r"made with classes 8, not 9"):
+    with pytest.raises(ValueError, match=r"made with classes 8, not 9"):
         train.main(["--data", str(tmp_path / "more"), *TINY, "--out", str(tmp_path / "run")])
 
 

@@ -74,11 +74,12 @@ def read_record(path, offset):
 
 def read_labels(path, offsets):
     """The first label of each of n records, (n,) float32, and whether there is an image, too."""
+    heads = bytearray()
     with open(path, "rb", buffering=0) as file:
-        # seek returns where it has moved to: the condition holds for each
-        heads = (file.read(36) for offset in offsets.tolist() if file.seek(offset) == offset)
-        heads = np.fromiter(heads, "S36", len(offsets))
-    magic, length, count, label, *_, first = heads.view("<u4").reshape(-1, 9).T
+        for offset in offsets.tolist():
+            file.seek(offset)
+            heads += file.read(36).ljust(36)
+    magic, length, count, label, *_, first = np.frombuffer(heads, "<u4").reshape(-1, 9).T
     if (magic != MAGIC).any():
         raise ValueError(f"{path}: no record at byte {offsets[magic != MAGIC][0]}: damaged?")
     return np.where(count, first, label).view("<f4"), length > 24 + 4 * count.astype(int)
@@ -251,19 +252,20 @@ def resume(args, parts):
     for path in filter(os.path.exists, paths if RANK == 0 else ()):
         try:
             state = torch.load(no_bomb(path), map_location="cpu", weights_only=True)
-            for key, new in vars(args).items():
-                old = state["args"].get(key)
-                if key not in free and old != new:
-                    raise SystemExit(f"error: {path} was made with {key} {old}, not {new}: give "
-                                     "the same, or another --out")
-            say(f"going on from step {state['step']:,d} of {path}")
-            found = [state]
-            break
-        except Exception as error:  # a dozen kinds for a damaged file (SystemExit is none)
+            step, old = int(state["step"]), dict(state["args"])
+        except Exception as error:  # of a dozen kinds, for a damaged file
             if isinstance(error, MemoryError) or getattr(error, "errno", EINVAL) != EINVAL:
                 raise  # it may be whole, but for EINVAL: torch seeks before the begin of a cut one
             os.replace(path, f"{path}.damaged")
             say(f"{path} is damaged: passed over, and set aside as {path}.damaged")
+            continue
+        for key, new in vars(args).items():
+            if key not in free and old.get(key) != new:
+                raise ValueError(f"{path} was made with {key} {old.get(key)}, not {new}: give the "
+                                 "same, or another --out")
+        say(f"going on from step {step:,} of {path}")
+        found = [state]
+        break
     if RANKS > 1:  # all go on from what the first has found
         distributed.broadcast_object_list(found)
     try:
@@ -370,12 +372,12 @@ def main(argv=None):
         backbone.register_full_backward_pre_hook(partial(lap, "head and losses"))
     else:
         on_signal(lambda name, _: stops.append(name))
-    logged, bad, losses = time.time(), {""}, []  # last line; what was wrong, or ""; losses since
+    logged, bad, losses = time.time(), set(), []  # last line; what was wrong; losses since the line
     for step, (images, labels, errors) in enumerate(loader, begin + 1):
-        for error in {*errors} - bad:
-            report(f"skipped: {error}", step=step, skipped=error, bad=len(bad))
+        for error in {*errors} - {"", *bad}:
             bad.add(error)
-            if len(bad) - 1 > len(faces) / 1000:
+            report(f"skipped: {error}", step=step, skipped=error, bad=len(bad))
+            if len(bad) > len(faces) / 1000:
                 raise ValueError(f"more than 1 in 1,000 of {len(faces):,} images are bad: {error}")
         lap("reading and decoding")
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
@@ -417,7 +419,8 @@ def main(argv=None):
             with io.BytesIO() as file:  # frees its memory
                 torch.save({**state, "step": step, "args": arguments}, file)
                 write_file(last, file.getvalue(), previous=os.path.join(args.out, "previous.pt"))
-        test(bins if epoch_ends else [], step)
+        if epoch_ends:
+            test(bins, step)
         if stop:
             say(f"stopped at step {step}, saved in {last}: the same command goes on from there")
             all_reduce(stop)  # the others wait until it is saved
