@@ -168,8 +168,9 @@ def open_data(name, holdout):
         return demo_faces(300, 20, seed=1), demo_faces(40, 10, seed=2), []
     root = next(filter(os.path.isdir, (name, os.path.join("data", name))), None)
     if root is None:
-        raise ValueError(f"--data {name}: no folder {name}, no data/{name}; MS1M: see github.com/"
-                         "deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo")
+        raise ValueError(f"--data {name}: no folder {name}, no data/{name} with identity/"
+                         "image.jpg or train.rec; MS1M: github.com/deepinsight/insightface/wiki/"
+                         "Dataset-Zoo; or try --data demo")
     packed = os.path.exists(os.path.join(root, "train.rec"))
     sources, labels, *read = record_file(root) if packed else image_folder(root)
     classes = int(labels.max(initial=-1)) + 1
