@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Low-resolution face verification and identification: python evaluate.py CHECKPOINT --lfw DIR
 
-Verification: at each resolution with both images degraded (what the paper plots), and across, with
-a sharp image against a degraded one (a passport photo against a camera). Identification: is the
-nearest image of a sharp gallery the probe's person?"""
+Verification asks whether two images show the same person. It is measured at several resolutions,
+with both images degraded ("both", which the paper plots) and with a sharp image against a degraded
+one ("cross": a passport photo against a camera). Identification asks whether the nearest image of a
+gallery shows the person of a probe.
+"""
+
 import argparse
 import ctypes
+import functools
 import io
 import itertools
 import json
@@ -14,519 +18,662 @@ import pickle
 import re
 import sys
 import time
-import warnings
-import zipfile
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torchvision.datasets.folder import ImageFolder, is_image_file
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 
-from lrfr import ArcFace, degrade, embed, load_backbone, logexp_grad, to_input
+from lrfr import degrade, embed, load_backbone, to_input
 
 SIZE = 112  # height and width of an aligned face
-BATCH = 64  # images at a time
-RESOLUTIONS = [7, 14, 20, SIZE]  # to degrade faces to
-Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many: they may be a bomb
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+RESOLUTIONS = [7, 14, 20, SIZE]  # in pixels, to degrade faces to
 
-# ---- 1. Files -----------------------------------------------------------------------------------
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")  # EPS would start Ghostscript
-say_once = cache(partial(print, file=sys.stderr, flush=True))
+# ---- 1. Files ------------------------------------------------------------------------------------
 
-@contextmanager
-def naming(what):
-    """What a hostile file or a full disk leads to becomes a ValueError that begins with `what`."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # not EPS, which runs Ghostscript
+
+
+@functools.cache  # so that the same text is printed once
+def warn_once(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_image(source):
+    """Reads a face from a path, or from the bytes of an image file -> (112, 112, 3) uint8 RGB.
+
+    ValueError if it is not a readable image of 8-bit pixels.
+    """
+    name, file = source, source
+    if isinstance(source, bytes):
+        name, file = f"an image of {len(source)} bytes", io.BytesIO(source)
     try:
-        yield
-    except Exception as error:  # of a dozen kinds
-        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]  # no address
-        raise ValueError(f"{what}: {reason[:200] or type(error).__name__}") from error
-
-def read_image(source, name=None):
-    """A path, or the bytes of an image file -> uint8 RGB (3, 112, 112), or a ValueError."""
-    file, name = (io.BytesIO(source), name) if isinstance(source, bytes) else (source, source)
-    with naming(f"{name}: not a readable image"), Image.open(file, formats=FORMATS) as image:
-        if image.mode.startswith("I"):  # 16 bits, which convert would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            mode = image.mode
+            image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
+    except Exception as error:  # of a dozen kinds, for damaged files
+        raise ValueError(f"{name}: not a readable image ({error})") from None
+    if mode.startswith(("I", "F")):  # convert would have made them black or white
+        raise ValueError(f"{name}: pixels of mode {mode}, not 8-bit: save it as 8-bit RGB or grey")
     if image.size != (SIZE, SIZE):
-        say_once("some images are not 112 x 112: they are resized, and should show aligned faces")
+        warn_once("some images are not 112 x 112: they are resized, and should show aligned faces")
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return np.array(image)
 
-def image_folder(root):
-    """`root`/identity/image.jpg (or .png ...) -> paths (n,) and labels (n,), in sorted order."""
-    some = any(entry.is_dir() for entry in os.scandir(root))
-    samples = ImageFolder(root, allow_empty=True).samples if some else []
-    labels = np.unique([label for _, label in samples], return_inverse=True)[1]
-    return np.array([path for path, _ in samples], object), labels
 
-def no_bomb(path):
-    """The path, unless it is a zip file (each checkpoint is one) that unfolds to more than that."""
-    with naming(path):
-        parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
-        if parts and sum(part.file_size for part in parts) > os.path.getsize(path):
-            raise ValueError("compressed, which no checkpoint is: it may be a bomb")
-    return path
+def read_images(sources):
+    """Reads n faces -> (n, 3, 112, 112) uint8 RGB, ready for to_input."""
+    return torch.from_numpy(np.stack([read_image(source) for source in sources])).permute(
+        0, 3, 1, 2
+    )
 
-def write_file(path, content, previous=None):
-    """Writes bytes to a temporary file and moves it into place; the old one becomes `previous`."""
-    temporary = Path(f"{path}.{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with naming(path):
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous and os.path.exists(path):
-                os.replace(path, previous)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
-# ---- 2. Benchmarks ------------------------------------------------------------------------------
-@dataclass
-class Benchmark:
-    """Faces to verify (P pairs, in ten contiguous folds), to identify (a gallery), or both."""
-    name: str
-    sources: list  # of n images: paths, or the bytes of image files
-    pairs: tuple = ()  # (P,) index of one image, (P,) of the other, (P,) bool: one person
-    identity: np.ndarray = ()  # (n,) whose face it is, -1: nobody's; (), if unknown
-    part: np.ndarray = ()  # (n,) "gallery", or a name of probes; (): gallery is each person's first
+def is_hidden(name):
+    """Whether a file or folder is a by-product of other programs, such as .ipynb_checkpoints."""
+    return name.startswith(".") or name == "__MACOSX"
 
-    def __post_init__(self):
-        if self.pairs and len(self.pairs[2]) < 10:
-            raise ValueError(f"{self.name}: {len(self.pairs[2])} pairs; ten folds take ten or more")
-        if len(self.part) < len(self.identity):  # of each person the first image is the gallery
-            self.part = np.full(len(self.identity), "", "<U7")
-            self.part[np.unique(self.identity, return_index=True)[1]] = "gallery"
-
-def read_lfw(root, name="LFW", file="pairs.txt"):
-    """LFW (or XQLFW): `root`/`file` lists pairs, `root`/Name/Name_0001.jpg are aligned images."""
-    path, index, pairs = Path(root, file), {}, []
-    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-        if not line.strip() or number == 1 and len(line.split()) <= 2:
-            continue  # the header: folds, and pairs of a kind per fold
-        pair = re.fullmatch(r"\s*(\S+)\s+([0-9]{1,8})\s+(?:(\S+)\s+)?([0-9]{1,8})\s*", line)
-        if not pair:
-            raise ValueError(f"{path}, line {number}: not a pair: {line.strip()[:80]!r}")
-        for person, i in ((pair[1], pair[2]), (pair[3] or pair[1], pair[4])):
-            image = os.path.join(root, person, f"{person}_{int(i):04d}.jpg")
-            if not os.path.isfile(image):
-                raise ValueError(f"{path}, line {number}: {image[:200]} is missing")
-            pairs.append(index.setdefault(image, len(index)))
-    who = np.unique([os.path.dirname(image) for image in index], return_inverse=True)[1]
-    first, second = np.array(pairs, int).reshape(-1, 2).T
-    with naming(path):
-        return Benchmark(name, [*index], (first, second, who[first] == who[second]), who)
-
-BIN_CALLS = {  # what a .bin may call, and the harmless functions that it gets instead
-    "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
-    "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray(0, np.uint8),
-    "numpy.core.multiarray.scalar": lambda dtype, content: any(content),
-    "numpy.core.numeric._frombuffer": lambda content, *_: np.frombuffer(content, np.uint8),
-    "numpy.dtype": lambda *_: np.dtype("u1"),  # bytes, whatever it asks for
-    "numpy.ndarray": None}
-
-class BinUnpickler(pickle._Unpickler):
-    """Calls nothing but BIN_CALLS. (The unpickler in C takes whatever memory a file asks for.)"""
-    dispatch = pickle._Unpickler.dispatch | {  # for a bytearray Python's own takes it, too
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
-    def find_class(self, module, name):
-        return BIN_CALLS[f"{module}.{name}".replace("numpy._core", "numpy.core")]
-
-def read_bin(path):
-    """InsightFace's .bin: a pickle of (images, issame); pair i is images 2 i and 2 i + 1."""
-    content = io.BytesIO(Path(path).read_bytes())
-    with naming(f"{path}: not a .bin: stops at, or asks for"):
-        images, same = BinUnpickler(content, encoding="bytes").load()
-        images = [image if isinstance(image, bytes) else image.tobytes() for image in images]
-        same = np.array([bool(value) for value in same], bool)
-    if len(images) != 2 * len(same):
-        raise ValueError(f"{path}: {len(images)} images for {len(same)} pairs")
-    first, second = np.arange(len(images)).reshape(-1, 2).T
-    with naming(path):
-        return Benchmark(Path(path).stem, images, (first, second, same))
 
 def images_below(root):
-    """Paths of the images in a folder, however deep, sorted; aligned or cropped ones come first."""
-    paths = [path for path in Path(root).rglob("*") if is_image_file(path.name)]
-    return sorted(paths, key=lambda path: (not re.search("align|crop", str(path).lower()), path))
+    """Sorted paths of the images in a folder, however deep. A link to a parent is not followed."""
+    paths = []
+    visited = {str(folder) for folder in Path(root).resolve().parents}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        for name in files:
+            if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
+                paths.append(os.path.join(folder, name))
+    return sorted(paths)
 
-def read_scface(root, subjects="all"):
-    """SCface: 001_frontal.jpg; 001_cam1_2.jpg is subject, camera 1..5, distance 4.2, 2.6 or 1.0 m.
-    subjects: "all" 130, or "test", the 80 from 051 on (those before are for fine-tuning)."""
+
+def write_file(path, content):
+    """Writes bytes to a temporary file and moves it into place: an old file is never half lost."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+# ---- 2. Benchmarks -------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """P pairs to verify, in ten contiguous folds: indices of both images, and the truth."""
+
+    first: np.ndarray
+    second: np.ndarray
+    genuine: np.ndarray  # bool: the same person
+
+
+@dataclass
+class Benchmark:
+    """Faces to verify (pairs), to identify (gallery and probes), or both.
+
+    A benchmark with pairs is run at several resolutions, one without them as it is.
+    """
+
+    name: str
+    sources: list  # of n images: paths, or the bytes of image files
+    pairs: Pairs | None = None
+    identity: np.ndarray | None = None  # (n,) whose face it is; -1, for distractors: nobody's
+    gallery: np.ndarray | None = None  # indices of images; by default the first of each person
+    probes: dict = field(default_factory=dict)  # {name: indices}; by default {"": all others}
+    thresholds: int = 401  # how many, between cosines of -1 and 1; 401 in the official code
+
+    def __post_init__(self):
+        if self.pairs is not None:
+            genuine = int(self.pairs.genuine.sum())
+            impostor = len(self.pairs.genuine) - genuine
+            if genuine == 0 or impostor == 0 or genuine + impostor < 10:
+                raise ValueError(
+                    f"{self.name}: {genuine} genuine and {impostor} impostor pairs: a benchmark "
+                    "needs both, and ten or more in all, for its ten folds"
+                )
+        if self.identity is not None and self.gallery is None:
+            self.gallery = np.unique(self.identity, return_index=True)[1]
+            self.probes = {"": np.setdiff1d(np.arange(len(self.identity)), self.gallery)}
+        for probes in self.probes.values():
+            if self.pairs is None and self.count_alone(probes) == len(probes):
+                raise ValueError(f"{self.name}: no probe has a mate in the gallery")
+
+    def count_alone(self, probes):
+        """How many probes have no mate in the gallery."""
+        mates = np.isin(self.identity[probes], self.identity[self.gallery])
+        return int((~mates).sum())
+
+
+def read_lfw(root, name="LFW", pairs_file="pairs.txt"):
+    """LFW: pairs.txt lists the pairs, and `root`/Name/Name_0001.jpg are the aligned images."""
+    path = Path(root, pairs_file)
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8: save it as that") from None
+    index, pairs = {}, []  # index: image -> its place among the sources
+    for number_of_line, line in enumerate(lines, 1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        fields = [text.strip() for text in fields]
+        if not line.strip() or (number_of_line == 1 and len(fields) < 3):
+            continue  # the first line may be a header: folds, pairs of each kind in a fold
+        if len(fields) == 3:
+            fields.insert(2, fields[0])  # name i j: two images of one person
+        try:
+            person, i, other, j = fields
+            images = find_face(root, person, int(i)), find_face(root, other, int(j))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number_of_line}: {error} in {line[:80]!r}") from None
+        for image in images:
+            index.setdefault(image, len(index))
+        pairs.append((index[images[0]], index[images[1]], person == other))
+    first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
+    folders = [os.path.dirname(image) for image in index]
+    identity = np.unique(folders, return_inverse=True)[1]
+    return Benchmark(name, list(index), Pairs(first, second, genuine.astype(bool)), identity)
+
+
+def find_face(root, person, number):
+    """The path of a person's image in a folder like LFW's, whatever its ending."""
+    folder, stem = os.path.join(root, person), f"{person}_{number:04d}."
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [n for n in names if n.startswith(stem) and n.lower().endswith(IMAGE_ENDINGS)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} images {os.path.join(folder, stem)}jpg (or .png ...)")
+    return os.path.join(folder, found[0])
+
+
+def read_xqlfw(root):
+    """XQLFW: like LFW, with xqlfw_pairs.txt and the thresholds of its own script."""
+    benchmark = read_lfw(root, "XQLFW", "xqlfw_pairs.txt")
+    benchmark.thresholds = 2001
+    return benchmark
+
+
+class BinUnpickler(pickle.Unpickler):
+    """Admits what numpy arrays and Python 2 strings are made of, and no other function or class."""
+
+    allowed = (
+        "_codecs.encode",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.numeric._frombuffer",
+    )
+
+    def find_class(self, module, name):
+        if f"{module}.{name}".replace("numpy._core", "numpy.core") not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_bin(path):
+    """InsightFace's .bin: a pickle of (images, issame). Pair i is images 2 i and 2 i + 1.
+
+    An image is the bytes of an image file, or a uint8 array of them.
+    """
+    with open(path, "rb") as file:
+        try:
+            images, labels = BinUnpickler(file, encoding="bytes").load()
+            images = [bytes(image) for image in images]
+            labels = list(labels)
+        except Exception as error:  # of a dozen kinds, for damaged files
+            raise ValueError(f"{path}: not a verification set ({error})") from None
+    for label in labels:
+        if not isinstance(label, (int, np.bool_, np.integer)) or label not in (0, 1):
+            raise ValueError(f"{path}: label {label!r}: expected True, False, 1 or 0")
+    if len(images) != 2 * len(labels):
+        raise ValueError(f"{path}: {len(images)} images for {len(labels)} pairs")
+    first = np.arange(0, len(images), 2)
+    return Benchmark(Path(path).stem, images, Pairs(first, first + 1, np.array(labels, bool)))
+
+
+def read_scface(root):
+    """SCface: 001_frontal.jpg is a mugshot; 001_cam1_2.jpg is subject, camera 1 to 5, distance.
+
+    Distance 1, 2, 3 is 4.2, 2.6, 1.0 m. ValueError if an image is there twice, say original and
+    cropped.
+    """
     found = {}
     for path in images_below(root):
-        name = re.fullmatch("([0-9]{3})_(frontal|cam[1-5]_[123])", path.stem.lower())
-        if name and (subjects == "all" or name[1] > "050"):
-            found.setdefault(name[0], str(path))
-    person = np.array([int(name[:3]) for name in found])
-    part = np.array(["gallery" if "frontal" in name else f"d{name[-1]}" for name in found])
-    known, seen = {*person[part == "gallery"]}, {*person[part != "gallery"]}
-    if not known or known != seen:
-        raise ValueError(f"{root}: subject {min(known ^ seen, default=1):03d} has no mugshot "
-                         "(like 001_frontal.jpg) or no surveillance image (001_cam1_1.jpg)")
-    name = f"SCface, {len(known)} subjects ({subjects})"
-    return Benchmark(name, [*found.values()], (), person, part)
+        name = Path(path).stem.lower()
+        if re.fullmatch(r"\d{3}_(frontal|cam[1-5]_[123])", name):
+            if name in found:
+                raise ValueError(f"which one is {name}: {found[name]} or {path}? Move one away")
+            found[name] = path
+    identity = np.array([int(name[:3]) for name in found], int)
+    distance = np.array([name[-1] for name in found], str)  # 1, 2, 3, or the l of frontal
+    gallery = np.flatnonzero(distance == "l")
+    probes = {f"d{d}": np.flatnonzero(distance == d) for d in sorted(set(distance) - {"l"})}
+    name = f"SCface, {len(gallery)} subjects"
+    return Benchmark(name, list(found.values()), None, identity, gallery, probes)
+
 
 def read_tinyface(root):
-    """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12."""
-    root = next(filter(os.path.isdir, [os.path.join(root, "Testing_Set")]), root)
-    folders = [images_below(os.path.join(root, name)) for name in (
-        "Probe", "Gallery_Match", "Gallery_Distractor")]
-    paths, folder = [*itertools.chain(*folders)], np.arange(3).repeat([*map(len, folders)])
-    if not folders[0] or not folders[1]:
-        raise ValueError(f"{root}: no images in Probe, or none in Gallery_Match")
-    identity = np.unique([path.name.split("_")[0] for path in paths], return_inverse=True)[1]
-    identity[folder == 2] = -1
-    name = f"TinyFace, {(identity < 0).sum() or 'WITHOUT its'} distractors"
-    part = np.where(folder == 0, "probes", "gallery")
-    return Benchmark(name, [*map(str, paths)], (), identity, part)
+    """TinyFace: Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}; 12_3.jpg is person 12.
 
-def make_pairs(name, sources, labels, limit=3000):
-    """A benchmark of labelled images: up to `limit` pairs of one person and as many of two."""
-    rng, labels = np.random.default_rng(0), np.asarray(labels)
-    some = np.sort(rng.permutation(len(labels))[:4000])  # of them there are 8 million pairs
-    first, second = np.triu_indices(len(some), 1)
-    same = labels[some][first] == labels[some][second]
-    count = min(limit, same.sum(), (~same).sum()) // 5 * 5
-    chosen = np.stack([rng.choice(np.flatnonzero(same == kind), count, replace=False)
-                       for kind in (True, False)], 1).ravel()  # in turn, so that folds have both
-    pairs = first[chosen], second[chosen], same[chosen]
-    return Benchmark(name, [sources[i] for i in some], pairs, labels[some])
+    Probes without a mate in the gallery count as misses. (AdaFace's code leaves them out.)
+    """
+    if os.path.isdir(os.path.join(root, "Testing_Set")):
+        root = os.path.join(root, "Testing_Set")
+    probes = images_below(os.path.join(root, "Probe"))
+    mates = images_below(os.path.join(root, "Gallery_Match"))
+    distractors = images_below(os.path.join(root, "Gallery_Distractor"))
+    people = [os.path.basename(path).split("_")[0] for path in probes + mates]
+    identity = np.unique(people, return_inverse=True)[1]
+    identity = np.append(identity, np.full(len(distractors), -1)).astype(int)
+    gallery = np.arange(len(probes), len(identity))
+    name = f"TinyFace, {len(distractors)} distractors"
+    sources = probes + mates + distractors
+    return Benchmark(name, sources, None, identity, gallery, {"": np.arange(len(probes))})
 
-# ---- 3. Scores ----------------------------------------------------------------------------------
-GRID = np.linspace(-1, 1, 401)
 
-def ten_folds(scores, same):
-    """Cosines and truth of P pairs -> accuracy, its standard deviation over folds, mean threshold:
-    in each fold the best of the other nine, of equals the highest, as in the official code."""
-    right = (scores >= GRID[:, None]) == same  # (thresholds, P)
-    folds = np.array_split(right, 10, axis=1)
-    others = [right.sum(1) - fold.sum(1) for fold in folds]
-    best = [np.flatnonzero(count == count.max())[-1] for count in others]
-    accuracies = [fold[i].mean() for i, fold in zip(best, folds)]
-    return float(np.mean(accuracies)), float(np.std(accuracies)), float(GRID[best].mean())
+# Option of the command line -> its reader, and what it reads.
+BENCHMARKS = {
+    "lfw": (read_lfw, "folder with pairs.txt and Name/Name_0001.jpg, aligned"),
+    "xqlfw": (read_xqlfw, "folder with xqlfw_pairs.txt and Name/Name_0001.jpg"),
+    "bin": (read_bin, "verification set of InsightFace"),
+    "scface": (read_scface, "folder with 001_frontal.jpg, 001_cam1_1.jpg ... anywhere below it"),
+    "tinyface": (read_tinyface, "folder with Testing_Set"),
+}
 
-FARS = np.logspace(-3, 0, 31)  # of a ROC curve; the first is that of TAR
+# ---- 3. Scores -----------------------------------------------------------------------------------
 
-def tar_at_far(scores, same, far=FARS):
-    """Share of the genuine pairs above the score that a share `far` of the impostors passes."""
-    if same.all() or not same.any():
-        return [None] * len(far)
-    impostors = np.append(np.sort(scores[~same])[::-1], -np.inf)
-    limits = impostors[(np.asarray(far) * (len(impostors) - 1)).astype(int)]
-    return (scores[same] > limits[:, None]).mean(1).tolist()
 
-def identify(gallery, gallery_identity, probes, probe_identity, block=64):
-    """Unit embeddings, gallery (G, D), probes (n, D), and whose they are -> the share of the probes
-    whose person is among the k nearest, k = 1 .. 50. Blocks keep the memory small."""
+def ten_folds(scores, genuine, thresholds):
+    """Cosines and truth of P pairs -> accuracy, its standard deviation over ten folds, threshold.
+
+    In each fold the threshold is the one that is best on the other nine; of equals the highest, as
+    in the official code. Their mean is returned. thresholds: how many, from -1 to 1.
+    """
+    grid = np.linspace(-1, 1, thresholds)
+    correct = (scores >= grid[:, None]) == genuine  # (thresholds, P)
+    accuracies, chosen = [], []
+    for fold in np.array_split(np.arange(len(genuine)), 10):
+        correct_elsewhere = correct.sum(1) - correct[:, fold].sum(1)
+        best = np.flatnonzero(correct_elsewhere == correct_elsewhere.max())[-1]
+        accuracies.append(correct[best, fold].mean())
+        chosen.append(grid[best])
+    return float(np.mean(accuracies)), float(np.std(accuracies)), float(np.mean(chosen))
+
+
+FARS = np.logspace(-3, 0, 31)  # false acceptance rates of a ROC curve
+
+
+def roc_curve(scores, genuine):
+    """True acceptance rate (TAR) of genuine pairs at each of FARS, or None if there are too few.
+
+    At a rate FAR, the threshold lies above all but that share of all impostor pairs, as usual.
+    (InsightFace takes one per fold and interpolates: its TAR of 20 to 50 % is 1.2 points lower.)
+    """
+    impostor = np.sort(scores[~genuine])[::-1]
+    if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
+        return None
+    thresholds = np.append(impostor, -np.inf)[(FARS * len(impostor)).astype(int)]
+    return (scores[genuine] > thresholds[:, None]).mean(1).tolist()
+
+
+def identify(gallery, gallery_identity, probes, probe_identity):
+    """Share of the probes whose person is among the k nearest of the gallery, for k = 1 to 50.
+
+    gallery (G, D), probes (n, D): unit embeddings. A probe without a mate is a miss at every rank;
+    of equal cosines, those of strangers come first.
+    """
     hits = torch.zeros(50, dtype=torch.float64)
-    for i in range(0, len(probes), block):
-        cosines = probes[i:i + block] @ gallery.T
-        mates = torch.from_numpy(probe_identity[i:i + block, None] == gallery_identity)
-        best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)
-        rank = 1 + ((cosines >= best) & ~mates).sum(1)  # of equals the stranger comes first
+    for start in range(0, len(probes), 64):  # in blocks, since TinyFace's gallery is large
+        block = slice(start, start + 64)
+        cosines = probes[block] @ gallery.T
+        mates = torch.from_numpy(probe_identity[block, None] == gallery_identity)
+        best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)  # -2: below every cosine
+        rank = 1 + ((cosines >= best) & ~mates).sum(1)  # after the strangers who are as near
         hits += (rank[mates.any(1), None] <= torch.arange(1, 51)).sum(0)
     return (hits / len(probes)).tolist()
 
-# ---- 4. Running a backbone ----------------------------------------------------------------------
+
+# ---- 4. Running backbones on benchmarks ----------------------------------------------------------
+
+
 def keep_memory():
-    """Tells glibc to keep what is freed: on CPUs page faults cost half the time otherwise."""
-    with suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to tell
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mmap max, trim and top pad
-            ctypes.CDLL(None).mallopt(option, value)
+    """Tells glibc to keep freed memory: on an AVX2 CPU a training step is 1.75 times as fast."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow in large steps
+    except (OSError, AttributeError, TypeError):
+        pass  # not glibc
+
 
 def precision(device, amp):
-    """The dtype of a backbone, None for float32; amp: "auto" (what the device is fast at) ..."""
+    """The dtype of a backbone; amp "auto" is bf16 where the hardware supports it."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif amp == "auto" and device.type == "cpu":
-        amp = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    elif amp == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        amp = "bf16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+
 
 def autocast(device, amp):
-    """Autocast round a backbone, to its precision."""
-    return torch.autocast(device.type, dtype := precision(device, amp), enabled=dtype is not None)
+    """A context that runs a backbone in that precision."""
+    dtype = precision(device, amp)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
 
 def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
-    """Each image decoded once -> {(backbone name, px): (n, D) float32 embeddings on the CPU}."""
-    parts, shown = defaultdict(list), (start := time.time())
-    with ThreadPoolExecutor(4) as pool, autocast(device, amp):
-        for i in range(0, len(sources), BATCH):
-            images = [*pool.map(read_image, sources[i:i + BATCH],
-                                (f"{name}, image {j}" for j in itertools.count(i)))]
-            images = to_input(torch.stack(images), device)
-            for px, key in itertools.product(resolutions, backbones):
-                embeddings = embed(backbones[key], degrade(images, px), flip).cpu()
-                if not embeddings.isfinite().all():
-                    raise ValueError(f"{key}: its embeddings are not finite numbers")
-                parts[key, px].append(embeddings.float())
-            done, now = i + len(images), time.time()
-            if now - shown > 5 or done == len(sources) and now - start > 5:
-                shown, rate = now, done / (now - start)
-                left = timedelta(0, (len(sources) - done) // rate)
-                print(f"{name}: {done:,} of {len(sources):,} images, {rate:.0f}/s, {left} left",
-                      flush=True)
-    return {key: torch.cat(parts.pop(key)) for key in [*parts]}  # frees what is joined
+    """Embeds n images at several resolutions -> {(backbone's name, px): (n, D) unit embeddings}."""
+    on_gpu = device.type == "cuda"
+    loader = DataLoader(
+        sources,
+        batch_size=256 if on_gpu else 64,
+        num_workers=4 if on_gpu else 0,  # they decode the next batch while the GPU computes
+        collate_fn=read_images,
+    )
+    parts = {key: [] for key in itertools.product(backbones, resolutions)}
+    done, begin, shown = 0, time.time(), time.time()
+    for images in loader:
+        images = to_input(images, device)
+        for (key, px), embeddings in parts.items():
+            with autocast(device, amp):
+                batch = embed(backbones[key], degrade(images, px), flip).float().cpu()
+            if not batch.isfinite().all():
+                raise ValueError(f"{key}: its embeddings are not finite numbers")
+            embeddings.append(batch)
+        done += len(images)
+        if time.time() - shown > 5:
+            shown = time.time()
+            rate = done / (shown - begin)
+            left = timedelta(seconds=(len(sources) - done) // rate)
+            print(
+                f"{name}: {done:,} of {len(sources):,} images, {rate:.0f}/s, {left} left",
+                flush=True,
+            )
+    return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
 
-def evaluate(backbones, data, resolutions, device, amp, flip="sum"):
-    """{name: backbone in eval mode} on a Benchmark -> rows of results, ready for JSON, and curves,
-    {name of a picture: {label: [(x, y), ...]}}. Pairs are degraded to each of `resolutions`; a
-    benchmark without pairs is taken as it is."""
-    resolutions, rows, plots = resolutions if data.pairs else [SIZE], [], defaultdict(dict)
-    lowest, highest = min(resolutions), max(resolutions)
-    embeddings = embed_sources(backbones, data.name, data.sources, sorted({*resolutions, SIZE}),
-                               device, amp, flip)
-    parts = {part: np.flatnonzero(data.part == part) for part in sorted({*data.part})}
-    gallery = parts.pop("gallery", None)
+
+def evaluate(backbones, benchmark, resolutions, device, amp, flip="sum"):
+    """Runs {name: backbone in eval mode} on a benchmark -> rows of results, ready for JSON.
+
+    Pairs are degraded to each of the resolutions; a benchmark without pairs is taken as it is.
+    """
+    if benchmark.pairs is None:
+        resolutions = [SIZE]
+    every_px = sorted({*resolutions, SIZE})
+    embeddings = embed_sources(
+        backbones, benchmark.name, benchmark.sources, every_px, device, amp, flip
+    )
+    rows = []
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
-        row = {"set": data.name, "checkpoint": name, "px": px, "flip": flip}
-        for way, other in (("both", degraded), ("cross", sharp)) if data.pairs else ():
-            first, second, same = data.pairs
-            scores = (other[first] * degraded[second]).sum(1).double().numpy()
-            accuracy, std, threshold = ten_folds(scores, same)
-            roc = tar_at_far(scores, same)
-            row |= {"pairs": len(same), f"{way}_accuracy": accuracy, f"{way}_std": std,
-                    f"{way}_threshold": threshold, f"{way}_tar": roc[0]}
-            plots[f"{data.name}, {way}"].setdefault(name, []).append((px, accuracy))
-            if px in (lowest, highest) and roc[0] is not None:
-                plots[f"{data.name}, ROC"][f"{name}, {px} px"] = [*zip(FARS, roc)]
-        found = {part: identify(sharp[gallery], data.identity[gallery], degraded[probes],
-                                data.identity[probes]) for part, probes in parts.items()}
-        if len(found) > 1:  # over distances, however many probes each has
-            found["average"] = np.mean([*found.values()], 0).tolist()
-        rows += [] if found else [row]
-        for part, cmc in found.items():
-            rows.append(row | {
-                "part": part, "gallery": len(gallery), "probes": len(parts.get(part, ())) or "",
-                "rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
-            if px in (lowest, highest):
-                plots[f"{data.name}, CMC"][f"{name}, {part or f'{px} px'}"] = [*enumerate(cmc, 1)]
-        if px == lowest < SIZE:
-            error = (sharp - degraded).abs().numpy() * sharp.shape[1] ** 0.5
-            density, edges = np.histogram(error, 60, (0, 4), density=True)
-            curve = np.stack([(edges[:-1] + edges[1:]) / 2, density], 1)
-            plots[f"{data.name}, errors"][f"{name}, {px} px"] = curve.tolist()
-        if px == lowest and len({*data.identity}) > 12:
-            plots[f"{data.name}, {name}, embeddings"] = spread(data.identity, {
-                px: embeddings[name, px] for px in RESOLUTIONS if (name, px) in embeddings})
-    return rows, plots
+        row = {"set": benchmark.name, "checkpoint": name, "px": px, "flip": flip}
+        if benchmark.pairs is not None:
+            row |= verify(degraded, degraded, benchmark, "both")
+            row |= verify(sharp, degraded, benchmark, "cross")
+        if benchmark.probes:
+            rows += [row | result for result in search(sharp, degraded, benchmark)]
+        else:
+            rows.append(row)
+    return rows
 
-COLUMNS = {"px": "px", "checkpoint": "checkpoint", "both_accuracy": "both", "both_std": "std",
-           "both_tar": "TAR", "both_threshold": "cos >=", "cross_accuracy": "cross",
-           "cross_std": "std", "cross_tar": "TAR", "cross_threshold": "cos >=", "part": "part",
-           "probes": "probes", "rank1": "rank-1", "rank5": "rank-5", "rank20": "rank-20"}
+
+def verify(left, right, benchmark, kind):
+    """Verifies the pairs of two sets of embeddings (n, D) -> entries of a row of results."""
+    first, second, genuine = benchmark.pairs
+    scores = (left[first] * right[second]).sum(1).double().numpy()
+    accuracy, std, threshold = ten_folds(scores, genuine, benchmark.thresholds)
+    roc = roc_curve(scores, genuine)
+    return {
+        f"{kind}_accuracy": accuracy,
+        f"{kind}_std": std,
+        f"{kind}_tar": roc and roc[0],
+        f"{kind}_threshold": threshold,
+        f"{kind}_roc": roc,
+    }
+
+
+def search(sharp, degraded, benchmark):
+    """Identifies each group of probes in the sharp gallery -> entries of rows, one row a group."""
+    identity, gallery = benchmark.identity, benchmark.gallery
+    rows = []
+    for part, probes in benchmark.probes.items():
+        cmc = identify(sharp[gallery], identity[gallery], degraded[probes], identity[probes])
+        row = {"part": part, "probes": len(probes), "alone": benchmark.count_alone(probes)}
+        rows.append(row | {"rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
+    if len(rows) > 1:
+        average = {"part": "average", "probes": None, "alone": None}
+        for key in ("rank1", "rank5", "rank20"):
+            average[key] = sum(row[key] for row in rows) / len(rows)
+        rows.append(average)
+    return rows
+
+
+# ---- 5. Tables and plots -------------------------------------------------------------------------
+
+# Entry of a row -> heading of its column.
+COLUMNS = {
+    "px": "px",
+    "checkpoint": "checkpoint",
+    "both_accuracy": "both",
+    "both_std": "std",
+    "both_tar": "TAR",
+    "both_threshold": "cos >=",
+    "cross_accuracy": "cross",
+    "cross_std": "std",
+    "cross_tar": "TAR",
+    "cross_threshold": "cos >=",
+    "part": "part",
+    "probes": "probes",
+    "alone": "no mate",
+    "rank1": "rank-1",
+    "rank5": "rank-5",
+    "rank20": "rank-20",
+}
+
+
+def cell(key, value):
+    if value is None:
+        return "-"
+    if key.endswith("threshold"):
+        return f"{value:.3f}"
+    return f"{100 * value:.2f}" if isinstance(value, float) else str(value)
+
 
 def table(rows):
-    """Rows as a text; `both` images degraded, `cross`: a sharp one against a degraded one."""
+    """The rows of one benchmark as a text with a heading."""
     keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]
-    lines = [[COLUMNS[key] for key in keys]]
+    cells = [[COLUMNS[key] for key in keys]]
     for row in rows:
-        lines.append([f"{row[key]:.3f}" if key.endswith("threshold") else f"{100 * row[key]:.2f}"
-                      if isinstance(row[key], float) else str(row[key] or "-") for key in keys])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join([
-        f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; accuracy, its std over ten folds, TAR "
-        "at FAR 1e-3\nand ranks in %; cos >= is the threshold to accept from",
-        *("  ".join(map(str.rjust, line, widths)) for line in lines), ""])
+        cells.append([cell(key, row[key]) for key in keys])
+    widths = [max(len(text) for text in column) for column in zip(*cells)]
+    lines = [
+        f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; accuracy, its std over ten folds,",
+        "TAR at FAR 1e-3 and ranks in %; cos >= is the threshold to accept from",
+    ]
+    for texts in cells:
+        lines.append("  ".join(text.rjust(width) for text, width in zip(texts, widths)))
+    return "\n".join(lines) + "\n"
 
-# ---- 5. The paper's studies and figures ---------------------------------------------------------
-STUDY = [5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, SIZE]  # resolutions
-TICKS = [5, 7, 10, 14, 20, 28, 40, 56, SIZE]
-AXES = {  # of a picture whose name ends so: ticks on a logarithmic axis, and the labels of both
-    "both": (TICKS, "resolution of both images in pixels", "accuracy"),
-    "cross": (TICKS, "resolution of one image of a pair in pixels", "accuracy"),
-    "gradient": (TICKS, "resolution in pixels", "norm of the classification gradient"),
-    "ROC": ([0.001, 0.01, 0.1, 1], "false acceptance rate", "true acceptance rate"),
-    "CMC": ([1, 2, 5, 10, 20, 50], "rank", "identification rate"),
-    "errors": ((), "distance in a dimension, times the root of their number", "density"),
-    "distances": ((), "distance in one of 512 dimensions", "first derivative, over that at 1"),
-    "embeddings": ((), "first principal component", "second principal component")}
-COLOURS = ["#008df9", "#e20134", "#009f81", "#8400cd", "#ffc33b", "#9f0162", "#00c2f9", "#ff6e3a",
-           "#ff5aaf", "#a40122", "#00fccf", "#ffb2fd"]  # for the colour-blind (Krzywinski)
 
-def gradient_norms(path, backbone, root, device, amp, count=256):
-    """[(px, || d/dw mean_i CE(head(backbone(degrade(x_i, px))), y_i) ||)], the paper's study, over
-    all parameters w of the backbone in eval mode, with the checkpoint's own head and `count` images
-    x_i (or all, if fewer) spread evenly over `root`, the image folder that it was trained on."""
-    sources, labels = image_folder(root)
-    with naming(f"--study: {path} holds no classifier, or not of the identities in {root}"):
-        state = torch.load(path, "cpu", weights_only=True)
-        scale, margin = (float(state["args"][key]) for key in ("scale", "margin"))
-        head = ArcFace(len(state["head"]["weight"]), backbone.fc.out_features, scale, margin)
-        head.load_state_dict(state["head"])
-        known = (labels < len(head.weight)).sum()  # those held out come behind
-        if known != state["args"]["images"]:
-            raise ValueError(f"{known} images, not {state['args']['images']}")
-    chosen = np.linspace(0, known - 1, min(count, known)).astype(int)
-    images = to_input(torch.stack([read_image(source) for source in sources[chosen]]), device)
-    labels, head = torch.from_numpy(labels[chosen]).to(device), head.to(device)
-    amp = "off" if precision(device, amp) == torch.float16 else amp  # too narrow without a scaler
-    curve = []
-    for px in STUDY:
-        backbone.zero_grad()
-        for x, y in zip(degrade(images, px).split(BATCH), labels.split(BATCH)):
-            with autocast(device, amp):
-                loss = F.cross_entropy(head(backbone(x), y), y, reduction="sum") / len(chosen)
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), torch.inf)  # clips nothing
-        curve.append((px, norm.item()))
-    return curve
+def plot(folder, rows):
+    """Draws what is in the rows of one benchmark: accuracy over resolution, ROC, CMC."""
+    from matplotlib.figure import Figure
 
-def slopes():
-    """{distance: [(d, its derivative at d over that at 1)]} in one dimension; the others stay 1."""
-    x = torch.ones(300, 512)
-    d = x[:, 0] = torch.linspace(0.005, 1.5, 300)
-    curves = {"L1": d ** 0, "smooth L1": d.clamp(max=1), "L2": d}
-    curves |= {f"LogExp({p})": logexp_grad(x, 0 * x, p)[:, 0] for p in (1, 2)}
-    return {name: [*zip(d.tolist(), (y / y[199]).tolist())] for name, y in curves.items()}
+    figure = Figure((15, 5), layout="constrained")
+    accuracy, roc, cmc = figure.subplots(1, 3)
+    accuracy.set(xscale="log", xlabel="resolution in pixels", ylabel="accuracy")
+    roc.set(xscale="log", xlabel="false acceptance rate", ylabel="true acceptance rate, cross")
+    cmc.set(xlabel="rank", ylabel="identification rate")
+    for name in dict.fromkeys(row["checkpoint"] for row in rows):
+        own = [row for row in rows if row["checkpoint"] == name]
+        for kind in ("both", "cross"):
+            if f"{kind}_accuracy" in own[0]:
+                points = {row["px"]: row[f"{kind}_accuracy"] for row in own}
+                accuracy.plot(*zip(*sorted(points.items())), marker="o", label=f"{name}, {kind}")
+        for row in own:
+            label = f"{name}, {row.get('part') or row['px']}"
+            if row.get("cross_roc"):
+                roc.plot(FARS, row["cross_roc"], label=label)
+            if "cmc" in row:
+                cmc.plot(range(1, 51), row["cmc"], label=label)
+    for axes in (accuracy, roc, cmc):
+        if axes.lines:
+            axes.legend(fontsize="small")
+    png = io.BytesIO()
+    figure.savefig(png)
+    file_name = re.sub(r"\W+", "-", rows[0]["set"]) + ".png"
+    write_file(os.path.join(folder, file_name), png.getvalue())
 
-def spread(identity, embeddings):
-    """{px: embeddings (n, D)}, and whose they are (n,) -> the points of the twelve people with the
-    most images in two principal components, {label: [(x, y), ...]}."""
-    people = np.bincount(identity[identity >= 0]).argsort()[:-13:-1]
-    chosen = np.concatenate([np.flatnonzero(identity == who)[:8] for who in people])
-    x = torch.stack([values[chosen] for values in embeddings.values()])  # (resolutions, images, D)
-    x = x - x.mean((0, 1))
-    x = x @ torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2][:2].T
-    return {f"{px} px" if who == people[0] else f"_{px} px, person {who}": part[
-        identity[chosen] == who].tolist() for px, part in zip(embeddings, x) for who in people}
 
-def draw(folder, name, curves):
-    """{label: [(x, y), ...]} -> a picture, and its numbers in a .json beside it."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (optional: imported where it is used)
-    picture, kind = Figure((4.8, 3.6), layout="constrained"), name.split()[-1]
-    ticks, xlabel, ylabel = AXES[kind]
-    axes = picture.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    for i, (label, points) in enumerate(curves.items()):
-        marker = {"marker": "ovsD"[i // 12], "ls": "", "ms": 4} if kind == "embeddings" else {}
-        label = re.sub(r"\S*?([^/]+)/last\.pt", r"\1", label)  # begins with _: not in the legend
-        axes.plot(*zip(*points), color=COLOURS[i % 12], label=label, **marker)
-    if ticks:
-        axes.set(xscale="log", xticks=ticks, xticklabels=ticks)
-        axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    picture.savefig(file := io.BytesIO(), dpi=200)
-    path = os.path.join(folder, re.sub(r"\W+", "-", name))
-    write_file(f"{path}.png", file.getbuffer())
-    write_file(f"{path}.json", json.dumps(curves).encode())
+# ---- 6. Command line -----------------------------------------------------------------------------
 
-# ---- 6. Command line ----------------------------------------------------------------------------
+
 def number(kind, low, high=1e9):
     """An argparse type: an int or float from `low` to `high`."""
+
     def parse(text):
-        if not low <= (value := kind(text)) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
         return value
+
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
-def device(text):
+
+def existing_device(text):
     """An argparse type: a torch.device that this machine has."""
     try:
         torch.zeros(1, device=text).cpu()
-        return torch.device(text)
     except (RuntimeError, AssertionError, ImportError):
         raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
+    return torch.device(text)
+
 
 def add_device_options(parser):
-    parser.add_argument("--device", type=device, help="where to run: cpu, cuda, cuda:1 ...",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-                        help="precision of the backbone; auto: what the device is fast at")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    text = f"cpu, cuda, cuda:1 ... (default: {default})"
+    parser.add_argument("--device", type=existing_device, default=default, help=text)
+    text = "precision of the backbone (default: bf16 where the hardware supports it)"
+    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=text)
+
 
 def run(main):
-    """Calls main; what is wrong with the user's files becomes one line, and exit status 1."""
+    """Calls main; what is wrong with the user's files or machine becomes one line and status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
-    except (OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        named = getattr(error, "filename", None)
-        text = f"{named}: {error.strerror}" if named else str(error) or "interrupted"
-        return "error: " + " ".join(text.split())  # one line, whatever names of files hold
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    except (OSError, ValueError) as error:
+        text = (str(error).strip() or repr(error)).splitlines()[
+            -1
+        ]  # where a DataLoader's worker puts the message
+        raise SystemExit(f"error: {text}") from None
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            raise SystemExit(
+                "error: a process that reads images was killed, probably for want of memory; the "
+                "same command goes on: give train.py --workers 0, or docker run --shm-size=8g"
+            ) from None
+        # The allocator of CPUs raises a mere RuntimeError.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            raise SystemExit("error: out of memory: a smaller --batch-size needs less") from None
+        raise
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train.py, or InsightFace weights")
-    def add_set(option, read, text):
-        add(option, metavar="PATH", nargs="+", action="extend", default=[], help=text, dest="sets",
-            type=lambda path: (read, path))
-    add_set("--lfw", read_lfw, "folder with pairs.txt and the aligned images")
-    add_set("--xqlfw", partial(read_lfw, name="XQLFW", file="xqlfw_pairs.txt"), "XQLFW, likewise")
-    add_set("--bin", read_bin, "verification set of InsightFace")
-    add_set("--scface", read_scface, "folder with mugshots and surveillance images")
-    add_set("--tinyface", read_tinyface, "TinyFace, or its Testing_Set")
-    add("--match", metavar="IMAGE", nargs="+", default=[], help="cosines of aligned faces")
-    add("--scface-subjects", choices=["all", "test"], default="all", help="130, or 051 to 130")
-    add("--resolutions", type=number(int, 1, SIZE), nargs="+", default=RESOLUTIONS, metavar="PX",
-        help="to degrade pairs to, in pixels")
-    add("--study", metavar="DIR", help="the paper's: 19 resolutions, and gradient norms on DIR, "
-        "the image folder that the checkpoints were trained on")
-    add("--flip", choices=["sum", "concat", "none"], default="sum", help="test of mirrored images")
-    add("--json", metavar="FILE", help="write the results here too")
-    add("--plots", metavar="DIR", help="draw them here; needs matplotlib")
+    for option, (_, text) in BENCHMARKS.items():
+        add(f"--{option}", metavar="PATH", nargs="+", action="extend", default=[], help=text)
+    add("--match", metavar="IMAGE", nargs="+", default=[], help="print cosines of aligned faces")
+    text = "pixels to degrade pairs to (default: 7 14 20 112)"
+    px = number(int, 2, SIZE)
+    add("--resolutions", type=px, nargs="+", default=RESOLUTIONS, metavar="PX", help=text)
+    text = "what is done with the mirrored image's embedding (default: sum, as in InsightFace)"
+    add("--flip", choices=["sum", "concat", "none"], default="sum", help=text)
+    add("--json", metavar="FILE", help="write the results here, too")
+    add("--plots", metavar="DIR", help="draw accuracy, ROC and CMC here; needs matplotlib")
     add_device_options(parser)
     args = parser.parse_args(argv)
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
-    if len(args.match) == 1 or not (args.sets or args.study or args.match):
-        parser.error("nothing to do: give --lfw or another set, --study, or --match A B")
-    sets = []
-    for read, path in dict.fromkeys(args.sets):
-        os.stat(path)  # an error, if there is none
-        data = read(path, args.scface_subjects) if read is read_scface else read(path)
-        if data.name in [other.name for other in sets]:
-            data.name += f" of {path}"
-        sets.append(data)
-    if args.json:  # what cannot be written fails now, not after hours
-        write_file(args.json, Path(args.json).read_bytes() if os.path.exists(args.json) else b"")
+    sets = [getattr(args, option) for option in BENCHMARKS]
+    if len(args.match) == 1 or not (args.match or any(sets)):
+        parser.error("nothing to do: give --lfw or another benchmark, or --match A B")
+    return args
+
+
+def match(backbones, args):
+    """Prints the cosines of each two of some images -> rows of results."""
+    print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
+    embeddings = embed_sources(
+        backbones, "--match", args.match, [SIZE], args.device, args.amp, args.flip
+    )
+    rows = []
+    for name in backbones:
+        pairs = itertools.combinations(zip(args.match, embeddings[name, SIZE]), 2)
+        for (a, x), (b, y) in pairs:
+            rows.append({"checkpoint": name, "match": [a, b], "cosine": float(x @ y)})
+            print(f"{x @ y:7.3f}  {a}  {b}  {name}")
+    return rows
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        open(args.json, "ab").close()  # what cannot be written fails now, not after hours
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
     keep_memory()
-    backbones = {path: load_backbone(no_bomb(path)).to(
-        args.device, memory_format=torch.channels_last) for path in args.checkpoints}
-    options, rows, norms = (args.device, args.amp, args.flip), [], {}
-    if args.plots:
-        draw(args.plots, "distances", slopes())
-    def report(text, new, plots):  # after each part, so that little is lost
-        print(text, flush=True)
-        rows.extend(new)
-        if args.json:
-            write_file(args.json, json.dumps(rows).encode())
-        for name, curves in plots.items() if args.plots else ():
-            draw(args.plots, name, curves)
-    for name, backbone in backbones.items() if args.study else ():
-        norms[name] = gradient_norms(name, backbone, args.study, args.device, args.amp)
-        text = ", ".join(f"{norm:.3g} at {px} px" for px, norm in norms[name])
-        report(f"{name}: norm of the classification gradient {text}",
-               [{"checkpoint": name, "gradient_norms": norms[name]}], {"gradient": norms})
+    backbones = {}
+    for path in args.checkpoints:
+        backbone = load_backbone(path)
+        backbones[path] = backbone.to(args.device, memory_format=torch.channels_last)
+    benchmarks = []
+    for option, (read, _) in BENCHMARKS.items():
+        for path in getattr(args, option):
+            os.stat(path)  # an error, if there is none
+            benchmark = read(path)
+            if any(benchmark.name == other.name for other in benchmarks):
+                benchmark.name += f" of {path}"
+            benchmarks.append(benchmark)
+    rows = []
     if args.match:
-        print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
-        embeddings = embed_sources(backbones, "--match", args.match, [SIZE], *options)
-        for name in backbones:
-            pairs = itertools.combinations(zip(args.match, embeddings[name, SIZE]), 2)
-            new = [{"checkpoint": name, "match": [a, b], "cosine": float(x @ y)}
-                   for (a, x), (b, y) in pairs]
-            line = "{cosine:7.3f}  {match[0]}  {match[1]}  {checkpoint}"
-            report("\n".join(line.format(**row) for row in new), new, {})
-    px = STUDY if args.study else [*dict.fromkeys(args.resolutions)]
-    for data in sets:
-        new, plots = evaluate(backbones, data, px, *options)
-        report(table(new), new, plots)
+        rows += match(backbones, args)
+        save_rows(args, rows)
+    for benchmark in benchmarks:
+        new = evaluate(backbones, benchmark, args.resolutions, args.device, args.amp, args.flip)
+        print(table(new), flush=True)
+        rows += new
+        save_rows(args, rows)
+        if args.plots:
+            plot(args.plots, new)
+
+
+def save_rows(args, rows):
+    if args.json:
+        write_file(args.json, json.dumps(rows).encode())
+
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)
