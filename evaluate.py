@@ -58,7 +58,8 @@ def read_image(source):
             mode = image.mode
             image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
     except Exception as error:  # of a dozen kinds, for damaged files
-        raise ValueError(f"{name}: not a readable image ({error})") from None
+        reason = getattr(error, "strerror", None) or "damaged, or of another format"
+        raise ValueError(f"{name}: not a readable image: {reason}") from None
     if mode.startswith(("I", "F")):  # convert would have made them black or white
         raise ValueError(f"{name}: pixels of mode {mode}, not 8-bit: save it as 8-bit RGB or grey")
     if image.size != (SIZE, SIZE):
@@ -68,10 +69,9 @@ def read_image(source):
 
 
 def read_images(sources):
-    """Reads n faces -> (n, 3, 112, 112) uint8 RGB, ready for to_input."""
-    return torch.from_numpy(np.stack([read_image(source) for source in sources])).permute(
-        0, 3, 1, 2
-    )
+    """Reads n faces -> (n, 3, 112, 112) uint8 RGB, as to_input takes them."""
+    faces = np.stack([read_image(source) for source in sources])
+    return torch.from_numpy(faces).permute(0, 3, 1, 2)
 
 
 def is_hidden(name):
@@ -97,7 +97,7 @@ def images_below(root):
 
 def write_file(path, content):
     """Writes bytes to a temporary file and moves it into place: an old file is never half lost."""
-    temporary = Path(f"{path}.{os.getpid()}")
+    temporary = Path(f"{path}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -134,8 +134,8 @@ class Benchmark:
     sources: list  # of n images: paths, or the bytes of image files
     pairs: Pairs | None = None
     identity: np.ndarray | None = None  # (n,) whose face it is; -1, for distractors: nobody's
-    gallery: np.ndarray | None = None  # indices of images; by default the first of each person
-    probes: dict = field(default_factory=dict)  # {name: indices}; by default {"": all others}
+    gallery: np.ndarray | None = None  # indices of images
+    probes: dict = field(default_factory=dict)  # {name of a group: indices of images}
     thresholds: int = 401  # how many, between cosines of -1 and 1; 401 in the official code
 
     def __post_init__(self):
@@ -147,31 +147,33 @@ class Benchmark:
                     f"{self.name}: {genuine} genuine and {impostor} impostor pairs: a benchmark "
                     "needs both, and ten or more in all, for its ten folds"
                 )
-        if self.identity is not None and self.gallery is None:
-            self.gallery = np.unique(self.identity, return_index=True)[1]
-            self.probes = {"": np.setdiff1d(np.arange(len(self.identity)), self.gallery)}
-        for probes in self.probes.values():
-            if self.pairs is None and self.count_alone(probes) == len(probes):
-                raise ValueError(f"{self.name}: no probe has a mate in the gallery")
+        elif not any(self.count_mates(probes) for probes in self.probes.values()):
+            raise ValueError(f"{self.name}: no probe has a mate in the gallery")
 
-    def count_alone(self, probes):
-        """How many probes have no mate in the gallery."""
-        mates = np.isin(self.identity[probes], self.identity[self.gallery])
-        return int((~mates).sum())
+    def count_mates(self, probes):
+        """How many of these probes have an image of the same person in the gallery."""
+        return int(np.isin(self.identity[probes], self.identity[self.gallery]).sum())
 
 
-def read_lfw(root, name="LFW", pairs_file="pairs.txt"):
+def split_gallery(identity):
+    """The first image of each person as the gallery, the others as one group of probes."""
+    gallery = np.unique(identity, return_index=True)[1]
+    others = np.setdiff1d(np.arange(len(identity)), gallery)
+    return gallery, {"": others} if len(others) else {}
+
+
+def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     """LFW: pairs.txt lists the pairs, and `root`/Name/Name_0001.jpg are the aligned images."""
     path = Path(root, pairs_file)
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text in UTF-8: save it as that") from None
-    index, pairs = {}, []  # index: image -> its place among the sources
-    for number_of_line, line in enumerate(lines, 1):
+    place_of, pairs = {}, []  # place_of: image -> its place among the sources
+    for line_number, line in enumerate(lines, 1):
         fields = line.split("\t") if "\t" in line else line.split()
         fields = [text.strip() for text in fields]
-        if not line.strip() or (number_of_line == 1 and len(fields) < 3):
+        if not line.strip() or (line_number == 1 and len(fields) < 3):
             continue  # the first line may be a header: folds, pairs of each kind in a fold
         if len(fields) == 3:
             fields.insert(2, fields[0])  # name i j: two images of one person
@@ -179,14 +181,15 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt"):
             person, i, other, j = fields
             images = find_face(root, person, int(i)), find_face(root, other, int(j))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number_of_line}: {error} in {line[:80]!r}") from None
+            raise ValueError(f"{path}, line {line_number}: {error} in {line[:80]!r}") from None
         for image in images:
-            index.setdefault(image, len(index))
-        pairs.append((index[images[0]], index[images[1]], person == other))
+            place_of.setdefault(image, len(place_of))
+        pairs.append((place_of[images[0]], place_of[images[1]], person == other))
     first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
-    folders = [os.path.dirname(image) for image in index]
+    folders = [os.path.dirname(image) for image in place_of]
     identity = np.unique(folders, return_inverse=True)[1]
-    return Benchmark(name, list(index), Pairs(first, second, genuine.astype(bool)), identity)
+    pairs = Pairs(first, second, genuine.astype(bool))
+    return Benchmark(name, list(place_of), pairs, identity, *split_gallery(identity), thresholds)
 
 
 def find_face(root, person, number):
@@ -200,10 +203,8 @@ def find_face(root, person, number):
 
 
 def read_xqlfw(root):
-    """XQLFW: like LFW, with xqlfw_pairs.txt and the thresholds of its own script."""
-    benchmark = read_lfw(root, "XQLFW", "xqlfw_pairs.txt")
-    benchmark.thresholds = 2001
-    return benchmark
+    """XQLFW: like LFW, with xqlfw_pairs.txt and thresholds in steps of .001, as its own script."""
+    return read_lfw(root, "XQLFW", "xqlfw_pairs.txt", thresholds=2001)
 
 
 class BinUnpickler(pickle.Unpickler):
@@ -258,10 +259,14 @@ def read_scface(root):
             if name in found:
                 raise ValueError(f"which one is {name}: {found[name]} or {path}? Move one away")
             found[name] = path
+
+    def ending(text):
+        return np.array([i for i, name in enumerate(found) if name.endswith(text)], int)
+
     identity = np.array([int(name[:3]) for name in found], int)
-    distance = np.array([name[-1] for name in found], str)  # 1, 2, 3, or the l of frontal
-    gallery = np.flatnonzero(distance == "l")
-    probes = {f"d{d}": np.flatnonzero(distance == d) for d in sorted(set(distance) - {"l"})}
+    gallery = ending("frontal")
+    probes = {"d1": ending("_1"), "d2": ending("_2"), "d3": ending("_3")}
+    probes = {part: indices for part, indices in probes.items() if len(indices)}
     name = f"SCface, {len(gallery)} subjects"
     return Benchmark(name, list(found.values()), None, identity, gallery, probes)
 
@@ -301,7 +306,7 @@ def ten_folds(scores, genuine, thresholds):
     """Cosines and truth of P pairs -> accuracy, its standard deviation over ten folds, threshold.
 
     In each fold the threshold is the one that is best on the other nine; of equals the highest, as
-    in the official code. Their mean is returned. thresholds: how many, from -1 to 1.
+    in the official code. Returns the mean of the ten. thresholds: how many to try, from -1 to 1.
     """
     grid = np.linspace(-1, 1, thresholds)
     correct = (scores >= grid[:, None]) == genuine  # (thresholds, P)
@@ -320,8 +325,8 @@ FARS = np.logspace(-3, 0, 31)  # false acceptance rates of a ROC curve
 def roc_curve(scores, genuine):
     """True acceptance rate (TAR) of genuine pairs at each of FARS, or None if there are too few.
 
-    At a rate FAR, the threshold lies above all but that share of all impostor pairs, as usual.
-    (InsightFace takes one per fold and interpolates: its TAR of 20 to 50 % is 1.2 points lower.)
+    The threshold of a rate is the lowest that accepts at most that share of all impostor pairs, as
+    usual. (InsightFace takes one per fold and interpolates: its TAR of 20 to 50 % is 1.2 lower.)
     """
     impostor = np.sort(scores[~genuine])[::-1]
     if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
@@ -343,7 +348,8 @@ def identify(gallery, gallery_identity, probes, probe_identity):
         mates = torch.from_numpy(probe_identity[block, None] == gallery_identity)
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)  # -2: below every cosine
         rank = 1 + ((cosines >= best) & ~mates).sum(1)  # after the strangers who are as near
-        hits += (rank[mates.any(1), None] <= torch.arange(1, 51)).sum(0)
+        rank = rank[mates.any(1), None]
+        hits += (rank <= torch.arange(1, 51)).sum(0)
     return (hits / len(probes)).tolist()
 
 
@@ -362,7 +368,7 @@ def keep_memory():
 
 
 def precision(device, amp):
-    """The dtype of a backbone; amp "auto" is bf16 where the hardware supports it."""
+    """The dtype of a backbone; "auto": bf16 where supported, else fp16 on GPUs, float32 on CPUs."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
@@ -376,7 +382,7 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
+def embed_sources(backbones, title, sources, resolutions, device, amp, flip):
     """Embeds n images at several resolutions -> {(backbone's name, px): (n, D) unit embeddings}."""
     on_gpu = device.type == "cuda"
     loader = DataLoader(
@@ -389,21 +395,18 @@ def embed_sources(backbones, name, sources, resolutions, device, amp, flip):
     done, begin, shown = 0, time.time(), time.time()
     for images in loader:
         images = to_input(images, device)
-        for (key, px), embeddings in parts.items():
+        for (name, px), embeddings in parts.items():
             with autocast(device, amp):
-                batch = embed(backbones[key], degrade(images, px), flip).float().cpu()
+                batch = embed(backbones[name], degrade(images, px), flip).float().cpu()
             if not batch.isfinite().all():
-                raise ValueError(f"{key}: its embeddings are not finite numbers")
+                raise ValueError(f"{name}: its embeddings are not finite numbers")
             embeddings.append(batch)
         done += len(images)
         if time.time() - shown > 5:
             shown = time.time()
             rate = done / (shown - begin)
             left = timedelta(seconds=(len(sources) - done) // rate)
-            print(
-                f"{name}: {done:,} of {len(sources):,} images, {rate:.0f}/s, {left} left",
-                flush=True,
-            )
+            print(f"{title}: {done:,} of {len(sources):,} images, {left} left", flush=True)
     return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
 
 
@@ -441,7 +444,7 @@ def verify(left, right, benchmark, kind):
     return {
         f"{kind}_accuracy": accuracy,
         f"{kind}_std": std,
-        f"{kind}_tar": roc and roc[0],
+        f"{kind}_tar": roc[0] if roc else None,
         f"{kind}_threshold": threshold,
         f"{kind}_roc": roc,
     }
@@ -453,10 +456,11 @@ def search(sharp, degraded, benchmark):
     rows = []
     for part, probes in benchmark.probes.items():
         cmc = identify(sharp[gallery], identity[gallery], degraded[probes], identity[probes])
-        row = {"part": part, "probes": len(probes), "alone": benchmark.count_alone(probes)}
+        without_mate = len(probes) - benchmark.count_mates(probes)
+        row = {"part": part, "probes": len(probes), "without_mate": without_mate}
         rows.append(row | {"rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
     if len(rows) > 1:
-        average = {"part": "average", "probes": None, "alone": None}
+        average = {"part": "average", "probes": None, "without_mate": None}
         for key in ("rank1", "rank5", "rank20"):
             average[key] = sum(row[key] for row in rows) / len(rows)
         rows.append(average)
@@ -479,7 +483,7 @@ COLUMNS = {
     "cross_threshold": "cos >=",
     "part": "part",
     "probes": "probes",
-    "alone": "no mate",
+    "without_mate": "no mate",
     "rank1": "rank-1",
     "rank5": "rank-5",
     "rank20": "rank-20",
@@ -496,15 +500,16 @@ def cell(key, value):
 
 def table(rows):
     """The rows of one benchmark as a text with a heading."""
-    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]
+    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]  # a lone group has no name
     cells = [[COLUMNS[key] for key in keys]]
     for row in rows:
         cells.append([cell(key, row[key]) for key in keys])
     widths = [max(len(text) for text in column) for column in zip(*cells)]
-    lines = [
-        f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; accuracy, its std over ten folds,",
-        "TAR at FAR 1e-3 and ranks in %; cos >= is the threshold to accept from",
-    ]
+    lines = [f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; shares in %"]
+    if "both_accuracy" in rows[0]:
+        lines.append(
+            "std: of the accuracy over ten folds; TAR: at FAR 1e-3; cos >=: where to accept"
+        )
     for texts in cells:
         lines.append("  ".join(text.rjust(width) for text, width in zip(texts, widths)))
     return "\n".join(lines) + "\n"
@@ -569,7 +574,7 @@ def add_device_options(parser):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     text = f"cpu, cuda, cuda:1 ... (default: {default})"
     parser.add_argument("--device", type=existing_device, default=default, help=text)
-    text = "precision of the backbone (default: bf16 where the hardware supports it)"
+    text = "precision of the backbone (default: bf16 where supported, else fp16 on a GPU)"
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=text)
 
 
@@ -581,10 +586,9 @@ def run(main):
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     except (OSError, ValueError) as error:
-        text = (str(error).strip() or repr(error)).splitlines()[
-            -1
-        ]  # where a DataLoader's worker puts the message
-        raise SystemExit(f"error: {text}") from None
+        # An error of a DataLoader's worker ends with its message.
+        text = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise SystemExit(f"error: {text.removeprefix('ValueError: ')}") from None
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if "DataLoader worker" in text:
@@ -642,7 +646,7 @@ def main(argv=None):
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         open(args.json, "ab").close()  # what cannot be written fails now, not after hours
-    if args.device.index is not None:
+    if args.device.type == "cuda" and args.device.index is not None:
         torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
     keep_memory()
     backbones = {}

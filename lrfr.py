@@ -10,9 +10,10 @@ head -> distance -> total loss. `python lrfr.py` checks the analytic gradient of
     x_hr, x_lr    sharp, degraded             (N, 3, 112, 112) RGB in [-1, 1]
     r             px                          7, 14 or 20 pixels, drawn for each image
     y             labels                      (N,) int64
-    f_hr, f_lr    the halves of embeddings    (N, D) each, D = 512; u_hr, u_lr: normalised
-    p             p                           exponent in Eq. (3); Eq. (1) and (2) have p = 1
-    lambda        weight                      no value in the paper; 1 in the official code
+    f_hr, f_lr    the halves of embeddings    (N, D) each, D = 512
+    u_hr, u_lr    u_hr, u_lr                  (N, D): f / |f|, unit vectors
+    p             p                           1 in Eq. (1) and (2), any p >= 1 in Eq. (3)
+    lambda        weight                      300; none in the paper, 1 in the official code
 """
 
 import math
@@ -40,9 +41,9 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
 
     Bicubic, with antialiasing on the way down, as Pillow does it. `images` is not changed.
 
-    images: (N, 3, H, W) floats in [-1, 1]. (The range is not checked: that would stop a GPU.)
-    px: an int, or an integer tensor (N,), one resolution per image, best on the CPU; 2 or more.
-    Where px >= H, an image stays as it is.
+    images: (N, 3, H, W) floats in [-1, 1]. (Not checked: the CPU would have to wait for the GPU.)
+    px: an int, or an integer tensor (N,) on the CPU, one resolution per image; 2 or more. Where
+    px >= H, an image stays as it is.
     Returns the same shape and dtype, in [-1, 1]. ValueError for pixels that are not floats, px < 2.
     """
     if not images.is_floating_point():
@@ -55,7 +56,7 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
             raise ValueError(f"a resolution must be 2 pixels or more, got {r}")
         if r >= height:
             continue
-        chosen = (px == r).nonzero().squeeze(1)  # a mask would make a GPU wait
+        chosen = (px == r).nonzero().squeeze(1)  # with a mask, the CPU would wait for a GPU
         chosen = chosen.to(images.device, non_blocking=images.is_cuda)
         small_size = (r, max(2, round(r * width / height)))
         small = resize(images[chosen].float(), small_size)
@@ -80,11 +81,11 @@ class MAug:
     """Multi-resolution augmentation: degrades each image of a batch to a resolution of its own.
 
     The paper calls 7 px extremely hard, 14 hard and 20 semi-hard. (The official script draws 7 and
-    20 px half of the time each, and never 14.) The draws come from torch's CPU generator: they are
-    the same on every device, and a GPU never waits for them.
+    20 px half of the time each, and never 14.) The draws come from torch's CPU generator, and are
+    the same on every device.
 
     resolutions: integers of 2 or more, in pixels. ratio: how often each of them is drawn, numbers
-    that are not negative. ValueError for others, or if there are more of one than of the other.
+    that are not negative. ValueError for other values, or if their numbers differ.
     """
 
     def __init__(self, resolutions: tuple = (7, 14, 20), ratio: tuple = (1, 1, 2)):
@@ -214,16 +215,18 @@ def load_backbone(path: str) -> IResNet:
     prefixes = [name.removesuffix(first_block) for name in state if name.endswith(first_block)]
     if len(prefixes) > 1:
         raise ValueError(f"{path}: holds several networks: {', '.join(prefixes)}: save one alone")
-    for prefix in prefixes:
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    block_count = sum(name.endswith(".conv2.weight") for name in state)
+    prefix = prefixes[0] if prefixes else ""
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     depth_of = {sum(blocks): depth for depth, blocks in DEPTHS.items()}
+    block_count = sum(name.endswith(".conv2.weight") for name in state)
+    if block_count not in depth_of:
+        raise ValueError(f"{path}: {block_count} blocks of an IResNet; known are {list(depth_of)}")
     try:
         width, embed_dim = len(state["conv1.weight"]), len(state["fc.weight"])
         with torch.device("meta"):  # allocates nothing: the file's tensors take the places
-            backbone = IResNet(depth_of.get(block_count), width, embed_dim)
+            backbone = IResNet(depth_of[block_count], width, embed_dim)
         backbone.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not InsightFace's IResNet: {reason}") from None
     return backbone.float().eval()
@@ -234,14 +237,14 @@ def read_state_dict(path):
     try:
         with torch.serialization.safe_globals(numpy_scalars()):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except Exception:  # of many kinds, for a file that is damaged or no checkpoint
         raise ValueError(
             f"{path}: damaged, or not a file of tensors alone: of a whole model, save "
             "model.state_dict(); convert ONNX and safetensors"
         ) from None
-    for key in ("backbone", "state_dict_backbone", "state_dict", "model"):
+    for key in ("backbone", "state_dict_backbone", "state_dict", "model"):  # may be two deep
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
@@ -269,20 +272,20 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
     ValueError for values outside of [-1, 1] (0 to 1 goes unnoticed, and gives wrong embeddings),
     another flip, or a backbone in training mode.
     """
+    if flip not in ("sum", "concat", "none"):
+        raise ValueError(f"flip must be 'sum', 'concat' or 'none', got '{flip}'")
     if backbone.training:
         raise ValueError("the backbone is in training mode: call backbone.eval() first")
     if images.numel() and images.abs().amax() > 1:
         low, high = images.amin(), images.amax()
         raise ValueError(f"pixel values from {low:.4g} to {high:.4g}, not -1 to 1: see to_input")
     embeddings = backbone(images)
-    if flip == "none":
-        return F.normalize(embeddings)
-    mirrored = backbone(images.flip(3))
     if flip == "sum":
-        return F.normalize(embeddings + mirrored)
+        embeddings = embeddings + backbone(images.flip(3))
     if flip == "concat":
-        return F.normalize(torch.cat([F.normalize(embeddings), F.normalize(mirrored)], 1))
-    raise ValueError(f"flip must be 'sum', 'concat' or 'none', got '{flip}'")
+        mirrored = backbone(images.flip(3))
+        embeddings = torch.cat([F.normalize(embeddings), F.normalize(mirrored)], 1)
+    return F.normalize(embeddings)
 
 
 # ---- 3. Classification head ----------------------------------------------------------------------
@@ -292,12 +295,12 @@ class ArcFace(nn.Module):
     """Additive angular margin head (Deng et al. 2019): (embeddings, labels) -> logits (N, classes).
 
     The logit of a class is scale * cos(theta), that of an image's own class
-    scale * cos(theta + margin), in float32 and with its true gradient. (InsightFace leaves out the
+    scale * cos(theta + margin), in float32 and with its true gradient. (InsightFace's lacks the
     factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises again;
     there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling. (InsightFace
     lets it rise, by up to 15.6 at scale 64.)
 
-    embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes); others stop torch.
+    embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes), else torch stops.
     scale, margin: s and m of the ArcFace paper, m in radians.
     ValueError if there are not as many labels as embeddings.
     """
@@ -407,14 +410,20 @@ class LRFR(nn.Module):
 
     maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. 300 suits LogExp(1) with D = 512 (in proportion to D); at a cosine of 0.5, the
-    gradients of LogExp(2) with 720, L1 with 16 and L2 with 180 are as large.
+    weight: lambda. With D = 512 and at a cosine of 0.5, these pull equally hard: LogExp(1) 300,
+    LogExp(2) 720, L1 16, L2 180. That of LogExp grows with D.
     pull_both: whether the distance moves both embeddings, as in the paper, or the degraded alone.
-    The draws of maug and of the flips come from torch's CPU generator: seed processes differently.
+    maug and the flips draw from torch's CPU generator: give each process another seed.
     """
 
     def __init__(
-        self, backbone, head, maug=None, distance=None, weight: float = 300.0, pull_both=False
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        maug=None,
+        distance=None,
+        weight: float = 300.0,
+        pull_both: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -445,8 +454,8 @@ class LRFR(nn.Module):
         parts = {"sharp": sharp_loss.detach(), "degraded": degraded_loss.detach()}
         if self.distance is not None:
             # Of unit embeddings, as in the official code, since cosines are all that is compared
-            # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most: LogExp hardly weighs the
-            # dimensions differently, and acts like L1 (.github/RESULTS.md).
+            # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most, so that LogExp weighs the
+            # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
             u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
             if not self.pull_both:
                 u_hr = u_hr.detach()  # a fixed target; moving it as well cost accuracy here

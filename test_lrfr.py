@@ -172,7 +172,7 @@ def test_load_backbone_says_what_a_file_is_instead():
         ({"state_dict": {"features.module.conv1.weight": torch.zeros(1)}}, "MagFace's"),
         (torchvision.models.resnet18().state_dict(), "not InsightFace's IResNet: Error"),
         (state | {"fc.bias": torch.zeros(7)}, "size mismatch for fc.bias"),
-        ({"a": torch.zeros(1)}, "not InsightFace's IResNet: 'conv1.weight'"),
+        ({"a": torch.zeros(1)}, "0 blocks of an IResNet; known are"),
         (ArcFace(2), "not a file of tensors alone: of a whole model, save"),
     ]
     for content, message in contents:
@@ -288,9 +288,13 @@ def test_logexp_and_its_gradient_are_exact_over_their_range(p, largest):
     (exact,) = torch.autograd.grad(slow, x)
     for gradient in (for_x, -for_y, logexp_grad(x, y, p)):
         assert (gradient - exact).abs().max() <= 2e-4 * exact.abs().max()
-    few = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda d: logexp_loss(d, torch.zeros(3, 5), p), few)
-    assert lrfr.check_gradient(p) < 1e-8
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+def test_the_gradient_is_that_of_finite_differences(p):
+    x, y = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: logexp_loss(x, y, p), x.requires_grad_())
+    assert lrfr.check_gradient(p) < 1e-12
 
 
 def step(distance, weight=50.0, pull_both=False):
@@ -362,7 +366,7 @@ def test_what_is_out_of_range_is_refused():
         (lambda: degrade(faces.byte(), 7), "images must be floats in [-1, 1], got torch.uint8"),
         (lambda: embed(IResNet(10, 4), faces), "training mode: call backbone.eval() first"),
         (lambda: embed(backbone, faces, "mirror"), "got 'mirror'"),
-        (lambda: embed(backbone, faces.clamp(0) * 255), "pixel values from 0 to 25"),
+        (lambda: embed(backbone, faces * 0 + 255), "pixel values from 255 to 255"),
         (lambda: embed(backbone, faces * 2.1), "not -1 to 1: see to_input"),  # ImageNet's
         (lambda: ArcFace(2, 4)(torch.zeros(2, 4), torch.zeros(1)), "(1,) labels for 2 embeddings"),
         (lambda: logexp_loss(LABELS, LABELS, 0.5), "p must be 1 or more"),
@@ -441,7 +445,7 @@ def test_a_bad_line_of_pairs_txt_is_named(folder):
             read_lfw("lfw")
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_bin_is_read_whoever_pickled_it(files, protocol):
     files, truth = files[:20], np.arange(10) % 2 == 1
     arrays = [np.frombuffer(file, np.uint8) for file in files]
@@ -500,7 +504,7 @@ def test_tinyface_counts_a_probe_without_a_mate_as_a_miss_and_says_so(files):
     os.symlink("../../mates", "tiny/Testing_Set/Gallery_Match")
     (row,) = evaluate.evaluate({"net": small_backbone()}, read_tinyface("tiny"), [7], CPU, "off")
     assert row["set"] == "TinyFace, 4 distractors"
-    assert (row["probes"], row["alone"], row["rank1"]) == (4, 1, 3 / 4)
+    assert (row["probes"], row["without_mate"], row["rank1"]) == (4, 1, 3 / 4)
     assert "no mate" in evaluate.table([row])
     for person in range(1, 5):
         os.rename(f"mates/{person}_2.jpg", f"mates/000{person}_2.jpg")
@@ -702,7 +706,7 @@ def test_damaged_records_are_named(files):
         train.RecordFaces("ms1m")
 
 
-def test_batches_take_each_image_once_an_epoch_and_ranks_share_them(monkeypatch):
+def test_batches_take_each_image_at_most_once_an_epoch_and_ranks_share_them(monkeypatch):
     def batches(begin, end, seed=1):
         return np.array(list(train.batches(23, 4, seed, range(begin, end))))
 
@@ -726,7 +730,8 @@ def test_jitter_moves_and_lights_each_image_by_itself():
     moved = train.jitter(images, 1.0)
     torch.manual_seed(0)
     assert torch.equal(train.jitter(images, 1.0), moved)
-    brightness, row = moved[:, 0].amax(2).max(1)
+    rows = moved[:, 0].amax(2)  # the brightest pixel of each row
+    brightness, row = rows.max(1)
     assert len(brightness.unique()) == 8
     assert len(row.unique()) > 3
 
@@ -737,6 +742,7 @@ def test_the_learning_rate_rises_for_a_twentieth_and_falls_to_zero():
     assert rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 0.01
+    assert max(train.learning_rate(step, 30, 0.5) for step in range(30)) == 0.5
 
 
 def test_a_run_leaves_what_it_promises(folder, capsys):
@@ -744,7 +750,7 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert_equal_weights(load_backbone("run/last.pt").state_dict(), state["backbone"])
     printed = capsys.readouterr().out
     assert re.match(
-        r"20 images of 5 identities, 8 a step: about \d:\d\d:\d\d on this machine", printed
+        r"20 images of 5 identities, 8 in a step: about \d:\d\d:\d\d on this machine", printed
     )
     assert re.search(r"epoch 2/2  step 4/4  loss \S+  sharp \S+  degraded \S+  distance ", printed)
     options, *lines = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
@@ -752,8 +758,13 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert [line["step"] for line in lines] == [2, 4, 4]
     assert [row["px"] for row in lines[2]["evaluation"]] == [7, 14, 20, 112]
     assert Image.open("run/faces.png").size == (8 * 112, 4 * 112)
-    tuned = tiny_run("tuned", data=folder, init="run/last.pt", maug="none", loss="none", lr=0)
-    assert torch.equal(tuned["backbone"]["conv1.weight"], state["backbone"]["conv1.weight"])
+
+
+def test_a_run_starts_from_the_weights_of_init(folder):
+    backbone = IResNet(10, 20, 16)
+    torch.save(backbone.state_dict(), "wider.pt")
+    tuned = tiny_run(data=folder, init="wider.pt", maug="none", loss="none", lr=0)
+    assert torch.equal(tuned["backbone"]["conv1.weight"], backbone.conv1.weight)
 
 
 def test_sets_beside_a_rec_are_evaluated_and_other_bins_named(files, capsys):
@@ -803,6 +814,9 @@ def test_resuming_refuses_contradictions_and_damage(folder):
     for name, value in {"pull": "both", "width": 32, "lr": 0.5}.items():
         with pytest.raises(ValueError, match=rf"last.pt was made with {name} .*, not {value}"):
             tiny_run(**options, **{name: value})
+    torch.save(state | {"step": 5}, "run/last.pt")
+    with pytest.raises(ValueError, match=r"last.pt has done 5 steps, --epochs makes 4 only"):
+        tiny_run(**options)
     torch.save(state | {"args": state["args"] | {"processes": 2}}, "run/last.pt")
     with pytest.raises(ValueError, match=r"last.pt was made with processes 2, not 1"):
         tiny_run(**options)
@@ -898,7 +912,7 @@ BAD_COMMANDS = [
     ),
     ("train.py --data faces --maug 1:1", "3 resolutions, but a ratio of 2 numbers"),
     ("train.py --data faces --holdout 7", "of 1 identities to train on: two identities or more"),
-    ("train.py --out net.pt", "net.pt"),
+    ("train.py --out net.pt", "File exists: 'net.pt'"),
     ("train.py --maug 1:x:2", "not a ratio: '1:x:2'"),
     ("train.py --maug none", "--maug none leaves no degraded faces to compare with"),
     ("train.py --resolutions 1 7 14", "1 is not from 2 to 112"),
@@ -906,8 +920,10 @@ BAD_COMMANDS = [
     ("train.py --batch-size 5000", "2400 images are there, for 1 processes: at most 2400"),
     ("train.py --width 8", "a backbone of width 8 cannot"),
     ("train.py --init net.pt", "a backbone of width 4 cannot"),
-    ("train.py --init nothing.pt", "nothing.pt: no such file"),
+    ("train.py --init nothing.pt", "nothing.pt: No such file"),
+    ("train.py --loss l1 --p 2", "--p is the exponent of --loss logexp"),
     ("evaluate.py net.pt", "nothing to do: give --lfw"),
+    ("evaluate.py net.pt --scface empty", "SCface, 0 subjects: no probe has a mate"),
     ("evaluate.py nan.pt --lfw faces", "nan.pt: its embeddings are not finite numbers"),
     ("evaluate.py net.pt --lfw faces --resolutions 1", "1 is not from 2 to 112"),
 ]
@@ -927,6 +943,7 @@ def test_a_bad_command_ends_in_one_line(line, message, folder, capsys, monkeypat
     with pytest.raises(SystemExit) as stopped:
         evaluate.run(lambda: main(arguments))
     assert message in f"{stopped.value}{capsys.readouterr().err}"
+    assert "\n" not in str(stopped.value)
 
 
 def test_too_little_memory_is_one_line_and_strange_names_are_escaped(monkeypatch):
@@ -963,7 +980,7 @@ def test_the_readmes_torchrun_line_runs_with_two_processes(folder):
     (line,) = re.findall(r"^torchrun --nproc_per_node=4 -- (.* --p .*)", README, re.MULTILINE)
     os.symlink(HERE / "train.py", "train.py")
     printed = torchrun("--nproc_per_node=2", "--", *line.split(), *command(data=folder))
-    assert printed.count("32 images of 8 identities, 16 a step") == 1  # one of them prints
+    assert printed.count("32 images of 8 identities, 16 in a step") == 1  # one of them prints
     arguments = saved("run")["args"]
     assert (arguments["processes"], arguments["maug"], arguments["p"]) == (2, "1:1:2", 1)
 

@@ -42,6 +42,7 @@ from evaluate import (
     read_bin,
     read_image,
     run,
+    split_gallery,
     table,
     warn_once,
     write_file,
@@ -126,7 +127,7 @@ def read_label(file, offset):
     """The label of the record at a byte offset, and whether it holds an image (not read here)."""
     file.seek(offset)
     _, length = read_head(file)
-    # A count, the label, and two ids; if the count is not 0, so many labels follow and replace it.
+    # A count, the label and two ids; if the count is not 0, so many labels follow and replace it
     count, label, first = struct.unpack("<If16xf", file.read(28).ljust(28, b"\0"))
     if count > 0:
         label = first
@@ -170,7 +171,8 @@ def find_images(file, keys, offsets):
     if keys[-1] > 2**24:
         return slice(1, end), range(len(first_keys))
     firsts = np.searchsorted(keys[:end], first_keys)
-    return slice(1, end), {read_label(file, offset)[0] for offset in offsets[:end][firsts]}
+    firsts = firsts[firsts < end]  # some may have no image
+    return slice(1, end), {read_label(file, offset)[0] for offset in offsets[firsts]}
 
 
 class RecordFaces(Faces):
@@ -188,7 +190,7 @@ class RecordFaces(Faces):
                 images, labels = find_images(file, keys[order], offsets[order])
         except (OSError, ValueError, IndexError) as error:
             raise ValueError(f"{index}, or the train.rec beside it: {error}") from None
-        self.number_of = {label: number for number, label in enumerate(sorted(labels))}
+        self.number_of = {label: i for i, label in enumerate(sorted(labels))}
         super().__init__(offsets[order][images], None, len(self.number_of))
 
     def load(self, i):
@@ -217,7 +219,10 @@ FACE = [
 
 
 def draw_face(person, rng):
-    """A new picture of a person: (10, 7) numbers in [-1, 1], how each ellipse differs from FACE."""
+    """A new picture of a person, (112, 112) pixels.
+
+    person: (10, 7) numbers in [-1, 1], how each of the ten ellipses differs from FACE.
+    """
     grey = int(rng.integers(90, 170))
     image = Image.new("RGB", (2 * SIZE, 2 * SIZE), (grey, grey, grey))  # twice as large at first
     canvas = ImageDraw.Draw(image)
@@ -227,8 +232,10 @@ def draw_face(person, rng):
         red, green, blue = (colour + 10 * own[:3]).astype(int)
         width, height = width * (1 + 0.2 * own[3]), height * (1 + 0.2 * own[4])
         y = y + 3 * own[5] + (depth - 5) * nod
+        if x > 0:
+            x = x + 3 * own[6]
         for side in (-1, 1):
-            middle = SIZE / 2 + side * (x + 3 * own[6] * (x > 0)) + (depth - 5) * turn
+            middle = SIZE / 2 + side * x + (depth - 5) * turn
             box = np.array([middle - width, y - height, middle + width, y + height])
             canvas.ellipse(list(2 * box), fill=(red, green, blue))
     image = image.rotate(rng.normal(0, 5), Image.Resampling.BICUBIC, fillcolor=(grey, grey, grey))
@@ -253,18 +260,38 @@ def demo_faces(people, pictures, seed):
 def open_data(args):
     """--data -> Faces to train on, benchmarks for each epoch, benchmarks for the end of the run."""
     if args.data == "demo":
-        people, pictures = 150, 16
-        check_size(args, people * pictures, people)
-        warn_once("drawing faces")
-        strangers = demo_faces(40, 10, seed=2)
-        final = hold_out("people not seen in training", strangers.sources, strangers.labels)
-        return demo_faces(people, pictures, seed=1), [], final
+        return open_demo(args)
     if os.path.exists(os.path.join(args.data, "train.rec")):
-        if args.holdout:
-            raise ValueError("--holdout is for image folders; put .bin sets beside a train.rec")
-        faces = RecordFaces(args.data)
-        check_size(args, len(faces), faces.classes)
-        return faces, read_bins(args.data), []
+        return open_records(args)
+    return open_folder(args)
+
+
+def open_demo(args):
+    people, pictures = 150, 16
+    check_size(args, people * pictures, people)
+    if RANK == 0:
+        print("drawing faces", file=sys.stderr, flush=True)
+    strangers = demo_faces(40, 10, seed=2)
+    final = hold_out("people not seen in training", strangers.sources, strangers.labels)
+    return demo_faces(people, pictures, seed=1), [], final
+
+
+def open_records(args):
+    if args.holdout:
+        raise ValueError("--holdout is for image folders; put .bin sets beside a train.rec")
+    faces = RecordFaces(args.data)
+    check_size(args, len(faces), faces.classes)
+    benchmarks = []
+    for name in sorted(os.listdir(args.data)):
+        if name.endswith(".bin"):
+            try:
+                benchmarks.append(read_bin(os.path.join(args.data, name)))
+            except ValueError as error:
+                warn_once(f"passed over, though it ends in .bin: {error}")
+    return faces, benchmarks, []
+
+
+def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
     holdout = args.holdout
@@ -292,18 +319,6 @@ def check_size(args, images, classes):
         )
 
 
-def read_bins(root):
-    """The verification sets beside a train.rec; a .bin that is none is named, and passed over."""
-    benchmarks = []
-    for name in sorted(os.listdir(root)):
-        if name.endswith(".bin"):
-            try:
-                benchmarks.append(read_bin(os.path.join(root, name)))
-            except ValueError as error:
-                warn_once(f"passed over, though it ends in .bin: {error}")
-    return benchmarks
-
-
 def hold_out(name, sources, labels):
     """A benchmark of identities that are not trained on, in a list; [] if there are too few.
 
@@ -320,15 +335,16 @@ def hold_out(name, sources, labels):
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
-    count = min(3000, same.sum(), (~same).sum()) // 5 * 5
+    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # for ten folds of one size
     if count == 0:
-        warn_once(f"no table at the end: the {name} make fewer than ten pairs")
+        warn_once(f"no table at the end: the {name} make fewer than five pairs of one kind")
         return []
     genuine = rng.choice(np.flatnonzero(same), count, replace=False)
     impostor = rng.choice(np.flatnonzero(~same), count, replace=False)
     order = np.stack([genuine, impostor], 1).ravel()  # in turn, so that each fold has both kinds
     pairs = Pairs(first[order], second[order], same[order])
-    return [Benchmark(name, [sources[i] for i in chosen], pairs, identity)]
+    chosen_sources = [sources[i] for i in chosen]
+    return [Benchmark(name, chosen_sources, pairs, identity, *split_gallery(identity))]
 
 
 def jitter(images, strength):
@@ -355,7 +371,10 @@ def jitter(images, strength):
 
 
 def batches(images, batch_size, seed, steps):
-    """Yields this process's images of each of `steps`; every epoch has an order of its own."""
+    """Yields the indices of this process's images in each of `steps`.
+
+    Every epoch has an order of its own; what is left over at its end is passed over.
+    """
     per_step = batch_size * RANKS
     for step in steps:
         epoch, i = divmod(step, images // per_step)
@@ -367,8 +386,15 @@ def batches(images, batch_size, seed, steps):
 # ---- 2. Options ----------------------------------------------------------------------------------
 
 # Other defaults with the demo.
-DEMO = {"backbone": "r10", "width": 16, "scale": 32.0, "margin": 0.3}
-DEMO |= {"epochs": 3, "batch_size": 64, "lr": 0.1}
+DEMO = {
+    "backbone": "r10",
+    "width": 16,
+    "scale": 32.0,
+    "margin": 0.3,
+    "epochs": 3,
+    "batch_size": 64,
+    "lr": 0.1,
+}
 
 # --loss -> the distance, and a lambda for it. They are as strong as each other at a cosine of 0.5.
 DISTANCES = {
@@ -396,7 +422,8 @@ def parse_arguments(argv):
     add("--resolutions", None, "of MAug, in pixels (default: 7 14 20)", px, nargs="+")
     add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
-    add("--weight", None, "lambda (default: logexp 300, l1 16, l2 180)", number(float, 0))
+    text = "lambda (default: logexp 300, l1 16, l2 180; 720 suits --p 2)"
+    add("--weight", None, text, number(float, 0))
     add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
     add("--width", 64, "channels of its first layer", number(int, 1, 999))
@@ -405,9 +432,12 @@ def parse_arguments(argv):
     add("--epochs", 20, "passes over the data", number(int, 1))
     add("--batch-size", 128, "faces in a step of one process", number(int, 2))
     add("--lr", 0.02, "highest learning rate", number(float, 0))
-    add("--jitter", 0.0, "strength of random affine and light, for small sets", number(float, 0, 3))
-    add("--init", None, "checkpoint or InsightFace weights to start from", metavar="FILE")
-    add("--holdout", None, "identities for the final table (default: 5 %%)", number(int, 0))
+    text = "random affine and colour jitter, against overfitting on small sets"
+    add("--jitter", 0.0, text, number(float, 0, 3))
+    text = "checkpoint or InsightFace weights to start from, whatever --backbone and --width say"
+    add("--init", None, text, metavar="FILE")
+    text = "identities of an image folder for the final table (default: 5 %%, at most 100)"
+    add("--holdout", None, text, number(int, 0))
     add("--out", None, "folder of the run (default: runs/ and a name made of the options)")
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
     workers = min(4, os.cpu_count() or 1)
@@ -420,6 +450,8 @@ def parse_arguments(argv):
         args = parser.parse_args(argv)
     if args.maug == "none" and args.loss != "none":
         parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
+    if args.p != 1 and args.loss != "logexp":
+        parser.error("--p is the exponent of --loss logexp")
     args.resolutions = args.resolutions or [7, 14, 20]
     if args.weight is None:
         _, args.weight = DISTANCES[args.loss]
@@ -446,7 +478,9 @@ def check_folders(args):
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    return peak * min((step + 1) / math.ceil(steps / 20), (steps - step) / (steps - steps // 20))
+    rise = (step + 1) / math.ceil(steps / 20)
+    fall = (steps - step) / (steps - steps // 20)
+    return peak * min(rise, fall)
 
 
 # ---- 3. Training ---------------------------------------------------------------------------------
@@ -524,6 +558,14 @@ def make_distance(args):
     return distance
 
 
+def describe(args, faces, left):
+    """The first line of a run."""
+    return (
+        f"{len(faces):,} images of {faces.classes:,} identities, {args.batch_size * RANKS} in a "
+        f"step: about {left} on this machine; run: {args.out}"
+    )
+
+
 def report(args, text, entry):
     """Prints a line for the reader, and adds one of JSON to the log."""
     if RANK == 0:
@@ -566,14 +608,18 @@ def train(args, model, faces, benchmarks, state):
         "optimiser": optimiser,
         "scaler": scaler,
     }
-    begin = saved = restore(kept, state)
+    begin = restore(kept, state)
+    saved = begin
     parallel = model
     if RANKS > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        parallel.broadcast_buffers = False  # batch norm's statistics are each process's own
+        # Batch norm's statistics stay each process's own. (As an argument, torch 2.14 warns of it.)
+        parallel.broadcast_buffers = False
     per_step = args.batch_size * RANKS
     per_epoch = len(faces) // per_step
     steps = per_epoch * args.epochs
+    if begin > steps:
+        raise ValueError(f"{args.out}/last.pt has done {begin} steps, --epochs makes {steps} only")
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
     epoch_end = begin - begin % per_epoch + per_epoch
@@ -601,24 +647,15 @@ def train(args, model, faces, benchmarks, state):
             epoch_ends = done % per_epoch == 0
             saves = epoch_ends or done % args.save_every == 0
             if saves or done % 20 == 0 or done == first:
-                values = {"loss": loss, **terms}
-                values = {name: value.item() for name, value in values.items()}  # waits for a GPU
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"the loss is {values['loss']} at step {done}: lower --lr, in another --out"
-                    )
+                losses = read_losses(loss, terms, done)
                 rate = (done - begin) * per_step / (time.time() - started)
                 left = timedelta(seconds=(steps - done) * per_step // rate)
                 if done == first:
-                    text = f"{len(faces):,} images of {faces.classes:,} identities, {per_step} a "
-                    text += f"step: about {left} on this machine; run: {args.out}"
-                    report(args, text, {"args": vars(args)})
-                shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
-                text = (
-                    f"epoch {step // per_epoch + 1}/{args.epochs}  step {done:,}/{steps:,}  {shown}"
-                )
-                text += f"  lr {lr:.4f}  {rate:.0f} faces/s  {left} left"
-                report(args, text, {"step": done, **values, "lr": lr, "faces_per_s": rate})
+                    report(args, describe(args, faces, left), {"args": vars(args)})
+                shown = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
+                shown = f"step {done:,}/{steps:,}  {shown}  {rate:.0f} faces/s  {left} left"
+                text = f"epoch {step // per_epoch + 1}/{args.epochs}  {shown}"
+                report(args, text, {"step": done, **losses, "lr": lr, "faces_per_s": rate})
             if saves:
                 save_last(args, kept, done)
                 saved = done
@@ -627,6 +664,18 @@ def train(args, model, faces, benchmarks, state):
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted: the same command goes on from step {saved:,}") from None
     return steps
+
+
+def read_losses(loss, terms, step):
+    """The loss and its terms as numbers, for which the CPU waits for a GPU."""
+    losses = {"loss": loss.item()}
+    for name, value in terms.items():
+        losses[name] = value.item()
+    if not math.isfinite(losses["loss"]):
+        raise ValueError(
+            f"the loss is {losses['loss']} at step {step}: lower --lr, and give another --out"
+        )
+    return losses
 
 
 def restore(kept, state):
@@ -649,7 +698,7 @@ def save_last(args, kept, step):
 
 
 def main(argv=None):
-    """The whole run, from the options to the last table; returns the trained model."""
+    """The whole run, from the options to the last table."""
     args = parse_arguments(argv)
     setup(args)
     check_folders(args)
@@ -671,7 +720,6 @@ def main(argv=None):
         print(f"the weights: {args.out}/last.pt")
     if RANKS > 1:
         distributed.destroy_process_group()
-    return model
 
 
 if __name__ == "__main__":
