@@ -81,9 +81,13 @@ def is_hidden(name):
 
 def images_below(root):
     """Sorted paths of the images in a folder, however deep. A link to a parent is not followed."""
+
+    def fail(error):
+        raise error  # else os.walk passes over what it may not read
+
     paths = []
     visited = {str(folder) for folder in Path(root).resolve().parents}
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
         if os.path.realpath(folder) in visited:
             subfolders.clear()
             continue
@@ -171,13 +175,15 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
         raise ValueError(f"{path}: not text in UTF-8: save it as that") from None
     place_of, pairs = {}, []  # place_of: image -> its place among the sources
     for line_number, line in enumerate(lines, 1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        fields = [text.strip() for text in fields]
-        if not line.strip() or (line_number == 1 and len(fields) < 3):
+        line = line.strip()
+        fields = [text.strip() for text in line.split("\t" if "\t" in line else None)]
+        if not line or (line_number == 1 and len(fields) < 3):
             continue  # the first line may be a header: folds, pairs of each kind in a fold
         if len(fields) == 3:
             fields.insert(2, fields[0])  # name i j: two images of one person
         try:
+            if len(fields) != 4:
+                raise ValueError("neither 'name i j' nor 'name i name j'")
             person, i, other, j = fields
             images = find_face(root, person, int(i)), find_face(root, other, int(j))
         except ValueError as error:
@@ -239,7 +245,7 @@ def read_bin(path):
             raise ValueError(f"{path}: not a verification set ({error})") from None
     for label in labels:
         if not isinstance(label, (int, np.bool_, np.integer)) or label not in (0, 1):
-            raise ValueError(f"{path}: label {label!r}: expected True, False, 1 or 0")
+            raise ValueError(f"{path}: label {label!r:.40}: expected True, False, 1 or 0")
     if len(images) != 2 * len(labels):
         raise ValueError(f"{path}: {len(images)} images for {len(labels)} pairs")
     first = np.arange(0, len(images), 2)
@@ -418,14 +424,18 @@ def evaluate(backbones, benchmark, resolutions, device, amp, flip="sum"):
     if benchmark.pairs is None:
         resolutions = [SIZE]
     every_px = sorted({*resolutions, SIZE})
-    embeddings = embed_sources(
-        backbones, benchmark.name, benchmark.sources, every_px, device, amp, flip
-    )
+    try:
+        embeddings = embed_sources(
+            backbones, benchmark.name, benchmark.sources, every_px, device, amp, flip
+        )
+    except ValueError as error:
+        raise ValueError(f"{benchmark.name}: {error}") from None
     rows = []
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
         row = {"set": benchmark.name, "checkpoint": name, "px": px, "flip": flip}
         if benchmark.pairs is not None:
+            row["pairs"] = len(benchmark.pairs.genuine)
             row |= verify(degraded, degraded, benchmark, "both")
             row |= verify(sharp, degraded, benchmark, "cross")
         if benchmark.probes:
@@ -508,7 +518,8 @@ def table(rows):
     lines = [f"\n{rows[0]['set']}, flip test {rows[0]['flip']}; shares in %"]
     if "both_accuracy" in rows[0]:
         lines.append(
-            "std: of the accuracy over ten folds; TAR: at FAR 1e-3; cos >=: where to accept"
+            f"{rows[0]['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
+            "cos >=: where to accept"
         )
     for texts in cells:
         lines.append("  ".join(text.rjust(width) for text, width in zip(texts, widths)))
@@ -526,6 +537,7 @@ def plot(folder, rows):
     cmc.set(xlabel="rank", ylabel="identification rate")
     for name in dict.fromkeys(row["checkpoint"] for row in rows):
         own = [row for row in rows if row["checkpoint"] == name]
+        name = name.replace("$", r"\$")  # which matplotlib takes for mathematics
         for kind in ("both", "cross"):
             if f"{kind}_accuracy" in own[0]:
                 points = {row["px"]: row[f"{kind}_accuracy"] for row in own}
@@ -580,15 +592,17 @@ def add_device_options(parser):
 
 def run(main):
     """Calls main; what is wrong with the user's files or machine becomes one line and status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    if sys.stdout:  # a daemon has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that no terminal can show
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     except (OSError, ValueError) as error:
-        # An error of a DataLoader's worker ends with its message.
-        text = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise SystemExit(f"error: {text.removeprefix('ValueError: ')}") from None
+        text = str(error) or repr(error)
+        if "Traceback" in text:  # of a DataLoader's worker: the last line is the message
+            text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
+        raise SystemExit("error: " + " ".join(text.split())) from None
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if "DataLoader worker" in text:
@@ -608,7 +622,8 @@ def parse_arguments(argv):
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train.py, or InsightFace weights")
     for option, (_, text) in BENCHMARKS.items():
         add(f"--{option}", metavar="PATH", nargs="+", action="extend", default=[], help=text)
-    add("--match", metavar="IMAGE", nargs="+", default=[], help="print cosines of aligned faces")
+    text = "print cosines of aligned faces"
+    add("--match", metavar="IMAGE", nargs="+", action="extend", default=[], help=text)
     text = "pixels to degrade pairs to (default: 7 14 20 112)"
     px = number(int, 2, SIZE)
     add("--resolutions", type=px, nargs="+", default=RESOLUTIONS, metavar="PX", help=text)
@@ -618,6 +633,8 @@ def parse_arguments(argv):
     add("--plots", metavar="DIR", help="draw accuracy, ROC and CMC here; needs matplotlib")
     add_device_options(parser)
     args = parser.parse_args(argv)
+    if args.json and not args.json.endswith(".json"):
+        parser.error(f"--json {args.json}: the name of its file must end in .json")
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
     sets = [getattr(args, option) for option in BENCHMARKS]
@@ -643,9 +660,10 @@ def match(backbones, args):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        open(args.json, "ab").close()  # what cannot be written fails now, not after hours
+    if args.json and not os.path.exists(args.json):
+        save_rows(args, [])  # what cannot be written fails now, not after hours
+    if args.plots:
+        os.makedirs(args.plots, exist_ok=True)
     if args.device.type == "cuda" and args.device.index is not None:
         torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
     keep_memory()
@@ -666,10 +684,11 @@ def main(argv=None):
         rows += match(backbones, args)
         save_rows(args, rows)
     for benchmark in benchmarks:
-        new = evaluate(backbones, benchmark, args.resolutions, args.device, args.amp, args.flip)
-        print(table(new), flush=True)
+        resolutions = dict.fromkeys(args.resolutions)  # each of them once
+        new = evaluate(backbones, benchmark, resolutions, args.device, args.amp, args.flip)
         rows += new
         save_rows(args, rows)
+        print(table(new), flush=True)
         if args.plots:
             plot(args.plots, new)
 

@@ -209,7 +209,8 @@ def load_backbone(path: str) -> IResNet:
     ValueError, with the path, if the file holds anything else.
     """
     state = read_state_dict(path)
-    if any("features.module." in name or "input_layer." in name for name in state):
+    others = ("features.module.", "features.layer1.", "input_layer.")
+    if any(other in name for name in state for other in others):
         raise ValueError(f"{path}: MagFace's or AdaFace's network, not InsightFace's IResNet")
     first_block = "layer1.0.bn1.weight"
     prefixes = [name.removesuffix(first_block) for name in state if name.endswith(first_block)]
@@ -244,7 +245,7 @@ def read_state_dict(path):
             f"{path}: damaged, or not a file of tensors alone: of a whole model, save "
             "model.state_dict(); convert ONNX and safetensors"
         ) from None
-    for key in ("backbone", "state_dict_backbone", "state_dict", "model"):  # may be two deep
+    for key in ("model", "model_state_dict", "state_dict", "state_dict_backbone", "backbone"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
@@ -276,7 +277,7 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
         raise ValueError(f"flip must be 'sum', 'concat' or 'none', got '{flip}'")
     if backbone.training:
         raise ValueError("the backbone is in training mode: call backbone.eval() first")
-    if images.numel() and images.abs().amax() > 1:
+    if images.numel() and not images.abs().amax() <= 1:  # so that nan is refused, too
         low, high = images.amin(), images.amax()
         raise ValueError(f"pixel values from {low:.4g} to {high:.4g}, not -1 to 1: see to_input")
     embeddings = backbone(images)

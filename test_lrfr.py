@@ -170,6 +170,7 @@ def test_load_backbone_says_what_a_file_is_instead():
     contents = [
         ({"state_dict": {"model.input_layer.0.weight": torch.zeros(1)}}, "AdaFace's network"),
         ({"state_dict": {"features.module.conv1.weight": torch.zeros(1)}}, "MagFace's"),
+        ({f"module.features.{name}": tensor for name, tensor in state.items()}, "MagFace's"),
         (torchvision.models.resnet18().state_dict(), "not InsightFace's IResNet: Error"),
         (state | {"fc.bias": torch.zeros(7)}, "size mismatch for fc.bias"),
         ({"a": torch.zeros(1)}, "0 blocks of an IResNet; known are"),
@@ -911,7 +912,7 @@ BAD_COMMANDS = [
         "--out faces/run lies in --data: its pictures would be trained on",
     ),
     ("train.py --data faces --maug 1:1", "3 resolutions, but a ratio of 2 numbers"),
-    ("train.py --data faces --holdout 7", "of 1 identities to train on: two identities or more"),
+    ("train.py --data faces --holdout 7", "--holdout 7: of 8 identities, two must be left"),
     ("train.py --out net.pt", "File exists: 'net.pt'"),
     ("train.py --maug 1:x:2", "not a ratio: '1:x:2'"),
     ("train.py --maug none", "--maug none leaves no degraded faces to compare with"),
@@ -923,6 +924,10 @@ BAD_COMMANDS = [
     ("train.py --init nothing.pt", "nothing.pt: No such file"),
     ("train.py --loss l1 --p 2", "--p is the exponent of --loss logexp"),
     ("evaluate.py net.pt", "nothing to do: give --lfw"),
+    (
+        "evaluate.py net.pt --lfw faces --json net.pt",
+        "--json net.pt: the name of its file must end",
+    ),
     ("evaluate.py net.pt --scface empty", "SCface, 0 subjects: no probe has a mate"),
     ("evaluate.py nan.pt --lfw faces", "nan.pt: its embeddings are not finite numbers"),
     ("evaluate.py net.pt --lfw faces --resolutions 1", "1 is not from 2 to 112"),

@@ -62,8 +62,8 @@ from lrfr import (
     to_input,
 )
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process among those of torchrun
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes torchrun has started
+RANK = int(os.environ["RANK"]) if RANKS > 1 else 0  # which of them this one is
 
 # ---- 1. Data -------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class Faces(Dataset):
         try:
             return self.load(i)
         except ValueError as error:
-            warn_once(f"skipped: {error}")
+            warn_once(f"image {i} is skipped: {error}")
             return self.load((i + 1) % len(self))
 
     def load(self, i):
@@ -101,8 +101,10 @@ def image_folder(root):
         if is_hidden(identity) or not os.path.isdir(folder):
             continue
         images = images_below(folder)
-        if images and all(os.path.dirname(image) != folder for image in images):
-            raise ValueError(f"{folder} holds folders of images: should --data be that folder?")
+        if any(os.path.dirname(image) != folder for image in images):
+            raise ValueError(
+                f"{folder} holds folders of images: should --data be that folder? Else move them up"
+            )
         if images:
             paths += images
             labels += [classes] * len(images)
@@ -127,7 +129,7 @@ def read_label(file, offset):
     """The label of the record at a byte offset, and whether it holds an image (not read here)."""
     file.seek(offset)
     _, length = read_head(file)
-    # A count, the label and two ids; if the count is not 0, so many labels follow and replace it
+    # A count, the label and two ids; if the count is not 0, so many labels follow and replace it.
     count, label, first = struct.unpack("<If16xf", file.read(28).ljust(28, b"\0"))
     if count > 0:
         label = first
@@ -148,7 +150,7 @@ def read_record(path, offset):
             parts.append(file.read(length))
             file.read(-length % 4)  # padding
     payload = struct.pack("<I", MAGIC).join(parts)
-    (count,) = struct.unpack_from("<I", payload)
+    count = int.from_bytes(payload[:4], "little")
     return payload[24 + 4 * count :]
 
 
@@ -168,6 +170,8 @@ def find_images(file, keys, offsets):
     while end > 1 and not read_label(file, offsets[end - 1])[1]:
         end -= 1  # ... or too high
     first_keys = [read_label(file, offset)[0] for offset in offsets[end:]]
+    if not first_keys:
+        raise ValueError("there are no records of identities: is train.idx cut short?")
     if keys[-1] > 2**24:
         return slice(1, end), range(len(first_keys))
     firsts = np.searchsorted(keys[:end], first_keys)
@@ -297,7 +301,9 @@ def open_folder(args):
     holdout = args.holdout
     if holdout is None:  # 5 %, an even number: of few identities none
         holdout = min(100, identities // 40 * 2)
-    classes = max(0, identities - holdout)  # the last ones are held out
+    if holdout > max(0, identities - 2):
+        raise ValueError(f"--holdout {holdout}: of {identities} identities, two must be left")
+    classes = identities - holdout  # the last ones are held out
     kept = int((labels < classes).sum())
     check_size(args, kept, classes)
     final = []
@@ -514,6 +520,8 @@ def read_last(args):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = dict(state["args"])
+    except PermissionError:
+        raise
     except Exception:  # of a dozen kinds, for a damaged file
         raise ValueError(f"{path} is damaged: move it away, or give another --out") from None
     check_agreement(args, old)
@@ -532,7 +540,7 @@ def check_agreement(args, old):
 
 
 def make_backbone(args):
-    if args.init:
+    if args.init is not None:
         backbone = load_backbone(args.init)
     else:
         backbone = IResNet(int(args.backbone[1:]), args.width)
@@ -574,14 +582,31 @@ def report(args, text, entry):
             file.write(json.dumps(entry, default=str) + "\n")
 
 
+def report_step(args, step, per_epoch, losses, lr, rate, left):
+    """A line of progress."""
+    epoch, steps = math.ceil(step / per_epoch), args.epochs * per_epoch
+    text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
+    report(
+        args,
+        f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  {text}  {rate:.0f} faces/s  "
+        f"{left} left",
+        {"step": step, **losses, "lr": lr, "faces_per_s": rate},
+    )
+
+
 def test(args, backbone, benchmarks, step):
-    """Evaluates the backbone, in the first process."""
-    if RANK == 0:
-        backbone.eval()
-        for benchmark in benchmarks:
+    """Evaluates the backbone, in the first process; an unreadable benchmark is passed over."""
+    if RANK > 0:
+        return
+    backbone.eval()
+    for benchmark in benchmarks:
+        try:
             rows = evaluate({args.out: backbone}, benchmark, RESOLUTIONS, args.device, args.amp)
-            report(args, table(rows), {"step": step, "evaluation": rows})
-        backbone.train()
+        except ValueError as error:
+            warn_once(f"not evaluated: {error}")
+            continue
+        report(args, table(rows), {"step": step, "evaluation": rows})
+    backbone.train()
 
 
 def show_faces(args, faces):
@@ -622,9 +647,11 @@ def train(args, model, faces, benchmarks, state):
         raise ValueError(f"{args.out}/last.pt has done {begin} steps, --epochs makes {steps} only")
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
-    epoch_end = begin - begin % per_epoch + per_epoch
-    first = min(begin + 5, epoch_end)  # the step that tells how long the run will take
-    started = time.time()
+    if state is None:
+        save_last(args, kept, 0)  # a full disk, or another run in the folder, is noticed now
+    first = min(begin + 5, begin - begin % per_epoch + per_epoch)
+    described = False
+    started = shown = time.time()
     try:
         for step, (images, labels) in enumerate(loader, begin):
             # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
@@ -646,16 +673,15 @@ def train(args, model, faces, benchmarks, state):
             done = step + 1
             epoch_ends = done % per_epoch == 0
             saves = epoch_ends or done % args.save_every == 0
-            if saves or done % 20 == 0 or done == first:
+            if saves or done == first or time.time() - shown > 10:
                 losses = read_losses(loss, terms, done)
                 rate = (done - begin) * per_step / (time.time() - started)
                 left = timedelta(seconds=(steps - done) * per_step // rate)
-                if done == first:
+                if not described:  # soon, since it says how long the run will take
                     report(args, describe(args, faces, left), {"args": vars(args)})
-                shown = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
-                shown = f"step {done:,}/{steps:,}  {shown}  {rate:.0f} faces/s  {left} left"
-                text = f"epoch {step // per_epoch + 1}/{args.epochs}  {shown}"
-                report(args, text, {"step": done, **losses, "lr": lr, "faces_per_s": rate})
+                    described = True
+                report_step(args, done, per_epoch, losses, lr, rate, left)
+                shown = time.time()
             if saves:
                 save_last(args, kept, done)
                 saved = done

@@ -246,7 +246,7 @@ def decode(args):
     torch.set_num_threads(1)
     if os.path.exists(os.path.join(args.folder, "train.rec")):
         faces = train.RecordFaces(args.folder)
-        files = [train.read_record(faces.path, offset)[0] for offset in faces.sources[:3000]]
+        files = [train.read_record(faces.path, offset) for offset in faces.sources[:3000]]
         sources = [evaluate.io.BytesIO(file) for file in files]
     else:
         paths, labels = train.image_folder(args.folder)
@@ -296,14 +296,15 @@ def main():
         command.set_defaults(function=function)
         return command
 
+    positive = evaluate.number(int, 1)
     command = add(step, ("depth", int))
-    command.add_argument("--width", type=int, default=64)
-    command.add_argument("--batch-size", type=int, default=32)
-    command.add_argument("--steps", type=int, default=3, help="timed in each process")
-    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--width", type=evaluate.number(int, 16), default=64)
+    command.add_argument("--batch-size", type=evaluate.number(int, 2), default=32)
+    command.add_argument("--steps", type=positive, default=3, help="timed in each process")
+    command.add_argument("--repeats", type=positive, default=5)
     command.add_argument("--only", choices=["ours", "plain"], help=argparse.SUPPRESS)
     evaluate.add_device_options(command)
-    add(head, ("classes", int))
+    add(head, ("classes", evaluate.number(int, 2)))
     add(maug, ("folder", str))
     add(decode, ("folder", str))
     command = add(embed, ("folder", str))
