@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+from decimal import Decimal, getcontext
 from pathlib import Path
 
 import numpy as np
@@ -272,23 +273,33 @@ def test_what_is_made_on_torchs_default_device_and_what_is_not():
 
 
 def logexp_slow(x, y, p):
-    """Eq. (3) as it is printed, in float64; expm1 and log1p, since |d| may be 1e-6."""
-    powers = (x.double() - y.double()).abs() ** p
-    return (torch.log1p(torch.expm1(powers).sum(1)) / (p * x.shape[1])).mean()
+    """Eq. (3) and its gradient by x, Eq. (2), as they are printed, with 60 digits."""
+    getcontext().prec = 60
+    n, width = x.shape
+    losses, gradient = [], []
+    for row in (x - y).tolist():
+        d = [Decimal(value) for value in row]
+        a = [abs(value) ** Decimal(p) for value in d]
+        inside = 1 + sum(value.exp() - 1 for value in a)
+        losses.append(float(inside.ln() / (Decimal(p) * width)))
+        for d_i, a_i in zip(d, a):
+            slope = abs(d_i) ** Decimal(p - 1) * a_i.exp() / inside / width / n
+            gradient.append(math.copysign(float(slope), d_i))
+    return sum(losses) / n, torch.tensor(gradient, dtype=torch.float64).view(n, width)
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("largest", [1e-6, 1e-3, 0.05, 1.0, 8.0, 600.0])
 def test_logexp_and_its_gradient_are_exact_over_their_range(p, largest):
     torch.manual_seed(0)
-    x = (torch.rand(4, 512) * 2 - 1) * min(largest, 600 ** (1 / p))  # |d|^p up to 600
-    x, y = x.requires_grad_(), torch.zeros(4, 512, requires_grad=True)
-    loss, slow = logexp_loss(x, y, p), logexp_slow(x, y, p)
-    assert loss.item() == pytest.approx(slow.item(), rel=2e-5, abs=1e-20)
+    x = (torch.rand(2, 40) * 2 - 1) * min(largest, 600 ** (1 / p))  # |d|^p up to 600
+    x, y = x.requires_grad_(), torch.zeros(2, 40, requires_grad=True)
+    slow_loss, slow_gradient = logexp_slow(x, y, p)
+    loss = logexp_loss(x, y, p)
+    assert loss.item() == pytest.approx(slow_loss, rel=1e-6, abs=0)
     for_x, for_y = torch.autograd.grad(loss, (x, y))
-    (exact,) = torch.autograd.grad(slow, x)
     for gradient in (for_x, -for_y, logexp_grad(x, y, p)):
-        assert (gradient - exact).abs().max() <= 2e-4 * exact.abs().max()
+        assert (gradient - slow_gradient).abs().max() <= 1e-6 * slow_gradient.abs().max()
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
@@ -351,11 +362,11 @@ def test_the_flips_of_the_two_resolutions_are_independent():
         assert draws.count(draw) > 25
 
 
-def test_embeddings_and_losses_stay_float32_under_autocast():
+def test_embeddings_and_losses_are_not_rounded_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss, parts, embeddings = step(logexp_loss)
     for value in (embeddings, loss, *parts.values()):
-        assert value.dtype == torch.float32
+        assert value.dtype in (torch.float32, torch.float64)
 
 
 def test_what_is_out_of_range_is_refused():
@@ -873,7 +884,6 @@ def four_steps(out):
     train.setup(args)
     torch.manual_seed(0)
     faces, _, _ = train.open_data(args)
-    train.show_faces(args, faces)
     backbone, head = train.make_backbone(args), ArcFace(faces.classes)
     model = lrfr.LRFR(backbone, head, train.make_maug(args), logexp_loss)
     train.train(args, model.eval(), faces, [], None)
