@@ -4,7 +4,8 @@
 The method of "Dive into the Resolution Augmentations and Metrics in Low Resolution Face
 Recognition: A Plain yet Effective New Baseline" (arXiv 2302.05621) in one file that needs only
 torch. It is written in the order in which the data flows: image -> MAug -> backbone -> ArcFace
-head -> distance -> total loss. `python lrfr.py` checks the analytic gradient of the LogExp loss.
+head -> distance -> total loss. What loads and uses a trained backbone comes last. `python lrfr.py`
+checks the analytic gradient of the LogExp loss.
 
     paper         here                        shape, range
     x_hr, x_lr    sharp, degraded             (N, 3, 112, 112) RGB in [-1, 1]
@@ -33,7 +34,7 @@ def to_input(images: Tensor, device: torch.device | str) -> Tensor:
     if images.dtype != torch.uint8:
         raise ValueError(f"pixels must be uint8, 0 to 255, got {images.dtype}")
     images = images.to(device).float() / 127.5 - 1
-    return images.contiguous(memory_format=torch.channels_last)  # convolutions are faster in it
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def degrade(images: Tensor, px: int | Tensor) -> Tensor:
@@ -41,7 +42,8 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
 
     Bicubic, with antialiasing on the way down, as Pillow does it. `images` is not changed.
 
-    images: (N, 3, H, W) floats in [-1, 1]. (Not checked: the CPU would have to wait for the GPU.)
+    images: (N, 3, H, W) floats in [-1, 1]. (Their range is not checked: the CPU would have
+    to wait for the GPU.)
     px: an int, or an integer tensor (N,) on the CPU, one resolution per image; 2 or more. Where
     px >= H, an image stays as it is.
     Returns the same shape and dtype, in [-1, 1]. ValueError for pixels that are not floats, px < 2.
@@ -85,7 +87,7 @@ class MAug:
     the same on every device.
 
     resolutions: integers of 2 or more, in pixels. ratio: how often each of them is drawn, numbers
-    that are not negative. ValueError for other values, or if their numbers differ.
+    that are not negative, one for each resolution. ValueError for anything else.
     """
 
     def __init__(self, resolutions: tuple = (7, 14, 20), ratio: tuple = (1, 1, 2)):
@@ -193,11 +195,176 @@ class IResNet(nn.Module):
         x = self.layer4(x)  # (N, 8 width, 7, 7)
         x = self.bn2(x).flatten(1)
         # The last layer is in float32 under autocast, too, since half precision would round the
-        # embedding. (Device and dtype are read from a buffer: torch.fx cannot trace through those
-        # of x, and after dynamic quantisation self.fc.weight is no tensor.)
-        buffer = self.features.running_mean
+        # embedding.
+        buffer = self.features.running_mean  # x.device would stop torch.fx; fc may be quantised
         with torch.autocast(buffer.device.type, enabled=False):
             return self.features(self.fc(x.to(buffer.dtype)))
+
+
+# ---- 3. Classification head ----------------------------------------------------------------------
+
+
+class ArcFace(nn.Module):
+    """Additive angular margin head (Deng et al. 2019): (embeddings, labels) -> logits (N, classes).
+
+    The logit of a class is scale * cos(theta), that of an image's own class
+    scale * cos(theta + margin), in float32 and with its true gradient. (InsightFace's lacks the
+    factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises again;
+    there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling. (InsightFace
+    lets it rise: at theta = pi its logit is 15.7 higher than this one, at scale 64.)
+
+    embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes), else torch stops.
+    scale, margin: s and m of the ArcFace paper, m in radians.
+    ValueError if there are not as many labels as embeddings.
+    """
+
+    def __init__(
+        self, num_classes: int, embed_dim: int = 512, scale: float = 64.0, margin: float = 0.5
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
+        nn.init.normal_(self.weight, 0, 0.01)
+        self.scale = scale
+        self.margin = margin
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(f"{tuple(labels.shape)} labels for {len(embeddings)} embeddings")
+        with torch.autocast(embeddings.device.type, enabled=False):
+            # Dividing by the classes' norms needs less memory than normalising a copy of them.
+            weight = self.weight.float()
+            norms = weight.norm(dim=1).clamp(min=1e-12)
+            cosines = F.normalize(embeddings.float()) @ weight.T / norms  # (N, classes)
+            own = cosines.gather(1, labels[:, None])  # (N, 1): cos(theta)
+            # The clamp bounds the gradient, which is infinite at theta = 0 and pi.
+            sine = (1 - own.square()).clamp(min=1e-6).sqrt()
+            cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
+            with_margin = own * cos_m - sine * sin_m  # cos(theta + m)
+            beyond_pi = own + cos_m - 1  # both are -1 at theta + m = pi
+            with_margin = torch.where(own > -cos_m, with_margin, beyond_pi)
+            return self.scale * cosines.scatter(1, labels[:, None], with_margin)
+
+
+# ---- 4. Distances between embeddings x and y, (N, D) each, of the same N faces -------------------
+
+
+def difference(x, y):
+    """x - y, in float64."""
+    if x.shape != y.shape:
+        raise ValueError(f"embeddings differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
+    return x.double() - y.double()
+
+
+def logexp_loss(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
+    """LogExp distance, Eq. (3): 1/(pD) log(1 + sum_i (e^{|x_i - y_i|^p} - 1)), mean over the batch.
+
+    x, y: (N, D) embeddings. Returns a float64 scalar, accurate for the smallest differences (hence
+    expm1 and log1p) and up to |x_i - y_i|^p = 700 (float32 would overflow at 89).
+    ValueError if p < 1 (the gradient at 0 would be infinite) or the shapes differ.
+    (The official code: log(1 + sum over batch B and dimensions) / (p B), not divided by D.)
+    """
+    if not p >= 1:
+        raise ValueError(f"p must be 1 or more, got {p}")
+    d = difference(x, y)
+    a = d.abs().pow(p)
+    return torch.log1p(torch.expm1(a).sum(-1)).mean() / (p * d.shape[-1])
+
+
+def logexp_grad(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
+    """Analytic gradient (N, D) of logexp_loss with respect to x. With respect to y, negate it.
+
+    Eq. (2), here for any p and with the mean over the N pairs:
+    sign(d_i) |d_i|^(p-1) e^{|d_i|^p} / (1 + sum_j (e^{|d_j|^p} - 1)) / (D N), d = x - y.
+    """
+    d = difference(x, y)
+    a = d.abs().pow(p)
+    weights = torch.exp(a) / (1 + torch.expm1(a).sum(-1, keepdim=True))  # of each dimension
+    return d.sign() * d.abs().pow(p - 1) * weights / d.numel()
+
+
+def l1_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of |x_i - y_i| over batch and dimensions: a float64 scalar."""
+    return difference(x, y).abs().mean()
+
+
+def l2_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of (x_i - y_i)^2 over batch and dimensions: a float64 scalar."""
+    return difference(x, y).square().mean()
+
+
+# ---- 5. Total loss -------------------------------------------------------------------------------
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirrors each image of (N, 3, H, W) with a probability of one half."""
+    mirror = torch.rand(len(images), device="cpu") < 0.5
+    mirror = mirror.to(images.device, non_blocking=images.is_cuda)
+    return torch.where(mirror[:, None, None, None], images.flip(3), images)
+
+
+class LRFR(nn.Module):
+    """The paper's training step: one backbone and one head see every face sharp and degraded.
+
+    L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(u_hr, u_lr), u = f / |f|
+
+    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
+    distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
+    weight: lambda. With D = 512 and at a cosine of 0.5, these pull equally hard: LogExp(1) 300,
+    LogExp(2) 720, L1 16, L2 180. All grow with D, that of L1 with its root.
+    pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
+    maug and the flips draw from torch's CPU generator: seed each process differently.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        maug=None,
+        distance=None,
+        weight: float = 300.0,
+        pull_both: bool = False,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.maug = maug
+        self.distance = distance
+        self.weight = weight
+        self.pull_both = pull_both
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
+
+        Returns the total loss and its parts, detached, by name.
+        """
+        sharp = random_flip(images)
+        if self.maug is None:
+            loss = F.cross_entropy(self.head(self.backbone(sharp), labels), labels)
+            return loss, {"sharp": loss.detach()}
+        degraded = random_flip(self.maug(images))  # flipped independently, as in the official code
+        # One forward of both, so that batch norm learns from the mixture that it will meet in use.
+        # (The official code takes two, which cost 2 points of rank-1 in one run here.)
+        embeddings = self.backbone(torch.cat([sharp, degraded]))  # (2N, D)
+        logits = self.head(embeddings, labels.repeat(2))
+        sharp_logits, degraded_logits = logits.chunk(2)
+        sharp_loss = F.cross_entropy(sharp_logits, labels)
+        degraded_loss = F.cross_entropy(degraded_logits, labels)
+        loss = (sharp_loss + degraded_loss) / 2
+        parts = {"sharp": sharp_loss.detach(), "degraded": degraded_loss.detach()}
+        if self.distance is not None:
+            # Of unit embeddings, as in the official code, since cosines are all that is compared
+            # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most, so that LogExp weighs the
+            # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
+            u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
+            if not self.pull_both:
+                u_hr = u_hr.detach()  # a fixed target; moving it as well cost rank-1 here
+            distance = self.distance(u_hr, u_lr)
+            loss = loss + self.weight * distance
+            parts["distance"] = distance.detach()
+        return loss, parts
+
+
+# ---- 6. Using a trained backbone -----------------------------------------------------------------
 
 
 def load_backbone(path: str) -> IResNet:
@@ -209,7 +376,7 @@ def load_backbone(path: str) -> IResNet:
     ValueError, with the path, if the file holds anything else.
     """
     state = read_state_dict(path)
-    others = ("features.module.", "features.layer1.", "input_layer.")
+    others = ("features.module.", "features.layer1.", "input_layer.")  # MagFace twice, AdaFace
     if any(other in name for name in state for other in others):
         raise ValueError(f"{path}: MagFace's or AdaFace's network, not InsightFace's IResNet")
     first_block = "layer1.0.bn1.weight"
@@ -289,167 +456,7 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
     return F.normalize(embeddings)
 
 
-# ---- 3. Classification head ----------------------------------------------------------------------
-
-
-class ArcFace(nn.Module):
-    """Additive angular margin head (Deng et al. 2019): (embeddings, labels) -> logits (N, classes).
-
-    The logit of a class is scale * cos(theta), that of an image's own class
-    scale * cos(theta + margin), in float32 and with its true gradient. (InsightFace's lacks the
-    factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises again;
-    there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling. (InsightFace
-    lets it rise, by up to 15.6 at scale 64.)
-
-    embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes), else torch stops.
-    scale, margin: s and m of the ArcFace paper, m in radians.
-    ValueError if there are not as many labels as embeddings.
-    """
-
-    def __init__(
-        self, num_classes: int, embed_dim: int = 512, scale: float = 64.0, margin: float = 0.5
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
-        nn.init.normal_(self.weight, 0, 0.01)
-        self.scale = scale
-        self.margin = margin
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"{tuple(labels.shape)} labels for {len(embeddings)} embeddings")
-        with torch.autocast(embeddings.device.type, enabled=False):
-            # Dividing by the classes' norms needs less memory than normalising a copy of them.
-            weight = self.weight.float()
-            norms = weight.norm(dim=1).clamp(min=1e-12)
-            cosines = F.normalize(embeddings.float()) @ weight.T / norms  # (N, classes)
-            own = cosines.gather(1, labels[:, None])  # (N, 1): cos(theta)
-            # The clamp bounds the gradient, which is infinite at theta = 0 and pi.
-            sine = (1 - own.square()).clamp(min=1e-6).sqrt()
-            cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
-            with_margin = own * cos_m - sine * sin_m  # cos(theta + m)
-            beyond_pi = own + cos_m - 1  # both are -1 at theta + m = pi
-            with_margin = torch.where(own > -cos_m, with_margin, beyond_pi)
-            return self.scale * cosines.scatter(1, labels[:, None], with_margin)
-
-
-# ---- 4. Distances between embeddings x and y, (N, D) each, of the same N faces -------------------
-
-
-def difference(x, y):
-    """x - y, in float64."""
-    if x.shape != y.shape:
-        raise ValueError(f"embeddings differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
-    return x.double() - y.double()
-
-
-def logexp_loss(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
-    """LogExp distance, Eq. (3): 1/(pD) log(1 + sum_i (e^{|x_i - y_i|^p} - 1)), mean over the batch.
-
-    x, y: (N, D) embeddings. Returns a float64 scalar, accurate from |x_i - y_i| = 1e-6 (since expm1
-    and log1p lose no digits there) to |x_i - y_i|^p = 700 (float32 would overflow at 89).
-    ValueError if p < 1 (the gradient at 0 would be infinite) or the shapes differ.
-    (The official code takes one logarithm over the whole batch and does not divide by D.)
-    """
-    if not p >= 1:
-        raise ValueError(f"p must be 1 or more, got {p}")
-    d = difference(x, y)
-    a = d.abs().pow(p)
-    return torch.log1p(torch.expm1(a).sum(-1)).mean() / (p * d.shape[-1])
-
-
-def logexp_grad(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
-    """Analytic gradient (N, D) of logexp_loss with respect to x. With respect to y, negate it.
-
-    Eq. (2), here for any p and with the mean over the N pairs:
-    sign(d_i) |d_i|^(p-1) e^{|d_i|^p} / (1 + sum_j (e^{|d_j|^p} - 1)) / (D N), d = x - y.
-    """
-    d = difference(x, y)
-    a = d.abs().pow(p)
-    weights = torch.exp(a) / (1 + torch.expm1(a).sum(-1, keepdim=True))  # of each dimension
-    return d.sign() * d.abs().pow(p - 1) * weights / d.numel()
-
-
-def l1_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of |x_i - y_i| over batch and dimensions: a float64 scalar."""
-    return difference(x, y).abs().mean()
-
-
-def l2_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of (x_i - y_i)^2 over batch and dimensions: a float64 scalar."""
-    return difference(x, y).square().mean()
-
-
-# ---- 5. Total loss -------------------------------------------------------------------------------
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirrors each image of (N, 3, H, W) with a probability of one half."""
-    mirror = torch.rand(len(images), device="cpu") < 0.5
-    mirror = mirror.to(images.device, non_blocking=images.is_cuda)
-    return torch.where(mirror[:, None, None, None], images.flip(3), images)
-
-
-class LRFR(nn.Module):
-    """The paper's training step: one backbone and one head see every face sharp and degraded.
-
-    L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(u_hr, u_lr), u = f / |f|
-
-    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
-    distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. With D = 512 and at a cosine of 0.5, these pull equally hard: LogExp(1) 300,
-    LogExp(2) 720, L1 16, L2 180. That of LogExp grows with D.
-    pull_both: whether the distance moves both embeddings, as in the paper, or the degraded alone.
-    maug and the flips draw from torch's CPU generator: give each process another seed.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Module,
-        maug=None,
-        distance=None,
-        weight: float = 300.0,
-        pull_both: bool = False,
-    ):
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.maug = maug
-        self.distance = distance
-        self.weight = weight
-        self.pull_both = pull_both
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
-
-        Returns the total loss and its parts, detached, by name.
-        """
-        sharp = random_flip(images)
-        if self.maug is None:
-            loss = F.cross_entropy(self.head(self.backbone(sharp), labels), labels)
-            return loss, {"sharp": loss.detach()}
-        degraded = random_flip(self.maug(images))  # flipped independently, as in the official code
-        # One forward of both, so that batch norm learns from the mixture that it will meet in use.
-        # (The official code takes two; that cost 2 points of rank-1 here.)
-        embeddings = self.backbone(torch.cat([sharp, degraded]))  # (2N, D)
-        logits = self.head(embeddings, labels.repeat(2))
-        sharp_logits, degraded_logits = logits.chunk(2)
-        sharp_loss = F.cross_entropy(sharp_logits, labels)
-        degraded_loss = F.cross_entropy(degraded_logits, labels)
-        loss = (sharp_loss + degraded_loss) / 2
-        parts = {"sharp": sharp_loss.detach(), "degraded": degraded_loss.detach()}
-        if self.distance is not None:
-            # Of unit embeddings, as in the official code, since cosines are all that is compared
-            # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most, so that LogExp weighs the
-            # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
-            u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
-            if not self.pull_both:
-                u_hr = u_hr.detach()  # a fixed target; moving it as well cost accuracy here
-            distance = self.distance(u_hr, u_lr)
-            loss = loss + self.weight * distance
-            parts["distance"] = distance.detach()
-        return loss, parts
+# ---- 7. Checking the gradient --------------------------------------------------------------------
 
 
 def check_gradient(p: float = 1.0) -> float:
@@ -465,6 +472,6 @@ def check_gradient(p: float = 1.0) -> float:
 if __name__ == "__main__":
     for exponent in (1.0, 2.0):
         error = check_gradient(exponent)
-        print(f"p = {exponent:.0f}: Eq. (2) and autograd differ by at most {error:.1e}")
+        print(f"p = {exponent:.0f}: logexp_grad and autograd differ by at most {error:.1e}")
         if not error < 1e-12:
             raise SystemExit("the analytic gradient of LogExp is wrong")

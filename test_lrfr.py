@@ -34,7 +34,9 @@ REAL = HERE.parent / "shared" / "faces"  # real faces, where a developer has the
 README = (HERE / "README.md").read_text()
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])  # of six images
-OFFICIAL = np.linspace(-1, 1, 401)[::-1]  # the official code's thresholds; of equals the highest
+OFFICIAL = np.linspace(-1, 1, 401)[
+    ::-1
+]  # the official code's thresholds, the highest first: of equals it wins
 MAGIC = struct.pack("<I", 0xCED7230A)  # begins each record of an MXNet RecordIO file
 BOMB = b"cposix\nsystem\n(S'touch bomb-went-off'\ntR."  # a hostile pickle
 
@@ -79,7 +81,7 @@ def random_images(n):
 
 
 def command(**options):
-    """The command line of a run on as little as can fail: save_every=3 becomes --save-every 3."""
+    """The command line of a tiny run: save_every=3 becomes --save-every 3."""
     tiny = {"backbone": "r10", "width": 16, "epochs": 1, "batch_size": 8}
     tiny |= {"holdout": 0, "workers": 0, "device": "cpu", "out": "run"}
     words = []
@@ -962,7 +964,9 @@ def test_a_bad_command_ends_in_one_line(line, message, folder, capsys, monkeypat
 
 
 def test_too_little_memory_is_one_line_and_strange_names_are_escaped(monkeypatch):
-    loader = DataLoader([signal.SIGKILL], None, num_workers=1, collate_fn=signal.raise_signal)
+    loader = DataLoader(
+        [signal.SIGKILL], None, num_workers=1, collate_fn=signal.raise_signal
+    )  # kills itself
     with pytest.raises(SystemExit, match="--workers 0, or docker run --shm-size=8g"):
         evaluate.run(lambda: list(loader))
     with pytest.raises(SystemExit, match="a smaller --batch-size needs less"):
@@ -1001,7 +1005,7 @@ def test_the_readmes_torchrun_line_runs_with_two_processes(folder):
 
 
 def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the others are ```py
     names = {"backbone": IResNet(10, 4), "head": ArcFace(4)}
     names |= {"images": random_images(4), "labels": torch.arange(4)}
     exec(code, names)

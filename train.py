@@ -2,7 +2,8 @@
 """Train a face recogniser on sharp and degraded faces: python train.py --data ms1m --maug 1:1:2
 
 Without --data it draws its own faces. `--maug none --loss none` is the paper's baseline. A run
-leaves in its folder last.pt (weights, arguments, optimiser), log.jsonl, and faces.png: what it saw.
+leaves in its folder last.pt (weights, options, optimiser), log.jsonl, and faces.png: some of its
+faces and their degraded versions.
 """
 
 import argparse
@@ -172,7 +173,7 @@ def find_images(file, keys, offsets):
     first_keys = [read_label(file, offset)[0] for offset in offsets[end:]]
     if not first_keys:
         raise ValueError("there are no records of identities: is train.idx cut short?")
-    if keys[-1] > 2**24:
+    if keys[-1] > 2**24:  # first_keys are not exact either: take it that the labels are 0 to n - 1
         return slice(1, end), range(len(first_keys))
     firsts = np.searchsorted(keys[:end], first_keys)
     firsts = firsts[firsts < end]  # some may have no image
@@ -182,7 +183,8 @@ def find_images(file, keys, offsets):
 class RecordFaces(Faces):
     """Faces of `root`/train.rec and train.idx, as InsightFace or im2rec writes them.
 
-    What counts for an image is the label in its own record. Labels are renumbered from 0.
+    What counts is the label in an image's own record, not the ranges of keys in the records of
+    identities. Labels are renumbered from 0.
     """
 
     def __init__(self, root):
@@ -206,8 +208,8 @@ class RecordFaces(Faces):
         return read_image(read_record(self.path, offset)), self.number_of[label]
 
 
-# The ellipses of a drawn face, from back to front: colour; x (of a pair, if not 0) to both sides of
-# the middle, y, half width, half height, in pixels.
+# The ellipses of a drawn face, from back to front: colour; x, y, half width, half height, in
+# pixels. With x > 0 there are two of them, x to the left and to the right of the middle.
 FACE = [
     ((77, 61, 46), 0, 48, 33, 35),  # hair
     ((153, 117, 89), 0, 100, 15, 24),  # neck
@@ -391,7 +393,7 @@ def batches(images, batch_size, seed, steps):
 
 # ---- 2. Options ----------------------------------------------------------------------------------
 
-# Other defaults with the demo.
+# The demo's defaults.
 DEMO = {
     "backbone": "r10",
     "width": 16,
@@ -402,7 +404,7 @@ DEMO = {
     "lr": 0.1,
 }
 
-# --loss -> the distance, and a lambda for it. They are as strong as each other at a cosine of 0.5.
+# --loss -> the distance, and the default of its --weight.
 DISTANCES = {
     "logexp": (logexp_loss, 300.0),
     "l1": (l1_loss, 16.0),
@@ -444,7 +446,7 @@ def parse_arguments(argv):
     add("--init", None, text, metavar="FILE")
     text = "identities of an image folder for the final table (default: 5 %%, at most 100)"
     add("--holdout", None, text, number(int, 0))
-    add("--out", None, "folder of the run (default: runs/ and a name made of the options)")
+    add("--out", None, "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)")
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
     workers = min(4, os.cpu_count() or 1)
     add("--workers", workers, "processes that decode images", number(int, 0, 256))
@@ -505,7 +507,8 @@ def setup(args):
             if local_rank >= gpus:
                 raise ValueError(f"more processes than GPUs: give torchrun --nproc_per_node={gpus}")
             args.device = torch.device("cuda", local_rank)
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 may evaluate
+        # The others wait while rank 0 evaluates.
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))
     if args.device.type == "cuda":
         if args.device.index is not None:
             torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
@@ -594,7 +597,7 @@ def report_step(args, step, per_epoch, losses, lr, rate, left):
     )
 
 
-def test(args, backbone, benchmarks, step):
+def run_benchmarks(args, backbone, benchmarks, step):
     """Evaluates the backbone, in the first process; an unreadable benchmark is passed over."""
     if RANK > 0:
         return
@@ -648,7 +651,8 @@ def train(args, model, faces, benchmarks, state):
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
     if state is None:
-        save_last(args, kept, 0)  # a full disk, or another run in the folder, is noticed now
+        save_last(args, kept, 0)  # a full disk is noticed now; and another run will find this one
+    # The first report comes after five steps, or at the end of the epoch.
     first = min(begin + 5, begin - begin % per_epoch + per_epoch)
     described = False
     started = shown = time.time()
@@ -686,7 +690,7 @@ def train(args, model, faces, benchmarks, state):
                 save_last(args, kept, done)
                 saved = done
             if epoch_ends:
-                test(args, model.backbone, benchmarks, done)
+                run_benchmarks(args, model.backbone, benchmarks, done)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted: the same command goes on from step {saved:,}") from None
     return steps
@@ -741,7 +745,7 @@ def main(argv=None):
     if RANK == 0:
         show_faces(args, faces)
     steps = train(args, model, faces, every_epoch, state)
-    test(args, backbone, final, steps)
+    run_benchmarks(args, backbone, final, steps)
     if RANK == 0:
         print(f"the weights: {args.out}/last.pt")
     if RANKS > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The paper's analysis figures, and two measurements that the paper does not have:
+"""The paper's analysis figures, and two more measurements, weights and camera:
 
 python .github/figures.py study CHECKPOINT... --lfw DIR --data FOLDER --out DIR
 python .github/figures.py derivatives --out DIR
@@ -67,7 +67,7 @@ def evenly_spaced(items, count):
 
 
 def embed_lfw(args, resolutions):
-    """{name: {px: unit embeddings}} of --images of LFW's images, not mirrored, as in training."""
+    """{name: {px: unit embeddings}} of --images of LFW's images, not mirrored."""
     sources = evenly_spaced(evaluate.read_lfw(args.lfw).sources, args.images)
     backbones = load_backbones(args)
     by_name = {name: {} for name in backbones}
@@ -367,15 +367,15 @@ def photograph(pixels, px, rng):
     white balance   red and blue, 0.9 to 1.1 each (gains in Brooks et al.: 12 % about the middle)
     shot noise      100 to 1,000 photons for white, log-uniform (BSRGAN: 100 to 10,000)
     read noise      standard deviation 2 to 10 of 255 (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30)
-    JPEG            quality 30 to 50 (both: 30 to 95), 4:2:0; 7 pixels are a single block
+    JPEG            quality 30 to 50 (BSRGAN, Real-ESRGAN: 30 to 95), 4:2:0
     enlarging       bilinear (GFPGAN)
 
-    The ranges are published; so is working on sRGB values, not linear light. Our own choices: every
-    step each time, the order, and the part of each range: the bad end for blur and JPEG; for noise,
-    a camera that is cheap, not broken. XQLFW shrinks LFW 2, 4 and 8 times, to about 14 pixels on a
-    face: 7 are beyond it. BSRGAN: Zhang et al. 2021, utils/utils_blindsr.py. Real-ESRGAN: Wang et
-    al. 2021, options/train_realesrgan_x4plus.yml. GFPGAN: Wang et al. 2021, gfpgan/data. Brooks et
-    al. 2019: Unprocessing Images. XQLFW: Knoche et al. 2021, martlgap.github.io/xqlfw.
+    Each range lies within the published one in brackets: for blur and JPEG at its bad end, for
+    noise where a camera is cheap, not broken. Every step is taken each time, on sRGB values, as
+    there. XQLFW shrinks LFW 2, 4 and 8 times, to about 14 pixels on a face: 7 are beyond it.
+    BSRGAN: Zhang et al. 2021, utils/utils_blindsr.py. Real-ESRGAN: Wang et al. 2021,
+    options/train_realesrgan_x4plus.yml. GFPGAN: Wang et al. 2021, gfpgan/data. Brooks et al. 2019:
+    Unprocessing Images. XQLFW: Knoche et al. 2021, martlgap.github.io/xqlfw.
     """
     sigma = rng.uniform(0.3, 0.7) * SIZE / px
     image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma))

@@ -5,7 +5,8 @@ python .github/speed.py step 18             this project's training step against
 python .github/speed.py step 10 --width 16  the same for a small network
 python .github/speed.py decode FOLDER       reading training images, of identity/image.jpg
 
-The plain step is the same network in float32 and NCHW, with two forwards and torch's defaults.
+The plain step is the same network in float32 and NCHW, with two forwards and torch's defaults,
+without flips and clipping.
 Both run in turn, each in a process of its own, since keep_memory changes a whole process.
 """
 
@@ -48,7 +49,7 @@ class Stopwatch:
 
 
 def our_step(args, images, labels, watch):
-    """The step of train.py."""
+    """The step of train.py, without weight decay."""
     device = args.device
     evaluate.keep_memory()
     backbone, head = lrfr.IResNet(args.depth, args.width), lrfr.ArcFace(CLASSES)
@@ -76,7 +77,7 @@ def our_step(args, images, labels, watch):
 
 
 def plain_step(args, images, labels, watch):
-    """The same in float32 and NCHW, with two forwards."""
+    """The same in float32 and NCHW, with two forwards; no flips, no clipping."""
     device = args.device
     backbone = lrfr.IResNet(args.depth, args.width).to(device)
     head = lrfr.ArcFace(CLASSES).to(device)
@@ -147,7 +148,7 @@ def gigaflops(args):
     return 3 * 2 * args.batch_size * counter.get_total_flops() / 1e9
 
 
-def step(args):
+def compare_steps(args):
     if args.only:
         run_step(args)
         return
@@ -202,7 +203,7 @@ def main():
     commands = parser.add_subparsers(required=True)
     positive = evaluate.number(int, 1)
     command = commands.add_parser("step")
-    command.set_defaults(function=step)
+    command.set_defaults(function=compare_steps)
     command.add_argument("depth", type=int, choices=[*lrfr.DEPTHS])
     command.add_argument("--width", type=evaluate.number(int, 16), default=64)
     command.add_argument("--batch-size", type=evaluate.number(int, 2), default=32)
