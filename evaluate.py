@@ -120,7 +120,7 @@ def write_file(path, content):
 
 
 class Pairs(NamedTuple):
-    """P pairs to verify, in ten contiguous folds: indices of both images, and the truth."""
+    """P pairs to verify: indices of both images, and the truth. Their order makes the ten folds."""
 
     first: np.ndarray
     second: np.ndarray
@@ -131,15 +131,16 @@ class Pairs(NamedTuple):
 class Benchmark:
     """Faces to verify (pairs), to identify (gallery and probes), or both.
 
-    A benchmark with pairs is run at several resolutions, one without them as it is.
+    A benchmark with pairs is run at several resolutions. One without them is taken as it is: its
+    faces are small ones.
     """
 
     name: str
     sources: list  # of n images: paths, or the bytes of image files
     pairs: Pairs | None = None
-    identity: np.ndarray | None = None  # (n,) whose face it is; -1, for distractors: nobody's
+    identity: np.ndarray | None = None  # (n,) whose face it is; -1 for distractors
     gallery: np.ndarray | None = None  # indices of images
-    probes: dict = field(default_factory=dict)  # {name of a group: indices of images}
+    probes: dict = field(default_factory=dict)  # {name of a group, "" if it is alone: indices}
     thresholds: int = 401  # how many, between cosines of -1 and 1; 401 in the official code
 
     def __post_init__(self):
@@ -312,7 +313,8 @@ def ten_folds(scores, genuine, thresholds):
     """Cosines and truth of P pairs -> accuracy, its standard deviation over ten folds, threshold.
 
     In each fold the threshold is the one that is best on the other nine; of equals the highest, as
-    in the official code. Returns the mean of the ten. thresholds: how many to try, from -1 to 1.
+    in the official code. The threshold returned is the mean of the ten.
+    thresholds: how many to try, from -1 to 1.
     """
     grid = np.linspace(-1, 1, thresholds)
     correct = (scores >= grid[:, None]) == genuine  # (thresholds, P)
@@ -414,7 +416,7 @@ def embed_sources(backbones, title, sources, resolutions, device, amp, flip):
             shown = time.time()
             rate = done / (shown - begin)
             left = timedelta(seconds=(len(sources) - done) // rate)
-            print(f"{title}: {done:,} of {len(sources):,} images, {left} left", flush=True)
+            print(f"{title}: {done:,} of {len(sources):,} images, {left} left", file=sys.stderr)
     return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
 
 
@@ -503,6 +505,7 @@ COLUMNS = {
 
 
 def cell(key, value):
+    """A number of the table as text: what is a float, but no threshold, is a share."""
     if value is None:
         return "-"
     if key.endswith("threshold"):
@@ -555,7 +558,7 @@ def plot(folder, rows):
             axes.legend(fontsize="small")
     png = io.BytesIO()
     figure.savefig(png)
-    file_name = re.sub(r"\W+", "-", rows[0]["set"]) + ".png"
+    file_name = re.sub(r"[^\w.]+", "-", rows[0]["set"]) + ".png"
     write_file(os.path.join(folder, file_name), png.getvalue())
 
 
@@ -576,11 +579,11 @@ def number(kind, low, high=1e9):
 
 
 def existing_device(text):
-    """An argparse type: a torch.device that this machine has."""
-    try:
-        torch.zeros(1, device=text).cpu()
-    except (RuntimeError, AssertionError, ImportError):
-        raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
+    """An argparse type: the CPU, or a CUDA GPU that this machine has."""
+    count = torch.cuda.device_count()
+    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))]
+    if text not in known or (text == "cuda" and count == 0):
+        raise argparse.ArgumentTypeError(f"{text}: there are the CPU and {count} CUDA GPUs here")
     return torch.device(text)
 
 
@@ -609,12 +612,14 @@ def run(main):
         text = str(error)
         if "DataLoader worker" in text:
             raise SystemExit(
-                "error: a process that reads images was killed, probably for want of memory; the "
-                "same command goes on: give train.py --workers 0, or docker run --shm-size=8g"
+                "error: a process that reads images was killed, probably for want of memory: give "
+                "docker run --shm-size=8g, or train.py --workers 0; train.py's same command goes on"
             ) from None
         # The allocator of CPUs raises a mere RuntimeError.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            raise SystemExit("error: out of memory: a smaller --batch-size needs less") from None
+            raise SystemExit(
+                "error: out of memory (in train.py a smaller --batch-size needs less)"
+            ) from None
         raise
 
 
@@ -635,6 +640,7 @@ def parse_arguments(argv):
     add("--plots", metavar="DIR", help="draw accuracy, ROC and CMC here; needs matplotlib")
     add_device_options(parser)
     args = parser.parse_args(argv)
+    args.resolutions = list(dict.fromkeys(args.resolutions))  # each of them once
     if args.json and not args.json.endswith(".json"):
         parser.error(f"--json {args.json}: the name of its file must end in .json")
     if args.plots and not find_spec("matplotlib"):
@@ -686,8 +692,7 @@ def main(argv=None):
         rows += match(backbones, args)
         save_rows(args, rows)
     for benchmark in benchmarks:
-        resolutions = dict.fromkeys(args.resolutions)  # each of them once
-        new = evaluate(backbones, benchmark, resolutions, args.device, args.amp, args.flip)
+        new = evaluate(backbones, benchmark, args.resolutions, args.device, args.amp, args.flip)
         rows += new
         save_rows(args, rows)
         print(table(new), flush=True)

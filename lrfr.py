@@ -14,7 +14,7 @@ checks the analytic gradient of the LogExp loss.
     f_hr, f_lr    the halves of embeddings    (N, D) each, D = 512
     u_hr, u_lr    u_hr, u_lr                  (N, D): f / |f|, unit vectors
     p             p                           1 in Eq. (1) and (2), any p >= 1 in Eq. (3)
-    lambda        weight                      300; none in the paper, 1 in the official code
+    lambda        weight                      300; the official code has 1, the paper no value
 """
 
 import math
@@ -32,7 +32,7 @@ def to_input(images: Tensor, device: torch.device | str) -> Tensor:
     ValueError if the pixels are not uint8.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"pixels must be uint8, 0 to 255, got {images.dtype}")
+        raise ValueError(f"pixels must be a uint8 tensor, 0 to 255, got {images.dtype}")
     images = images.to(device).float() / 127.5 - 1
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -87,7 +87,7 @@ class MAug:
     the same on every device.
 
     resolutions: integers of 2 or more, in pixels. ratio: how often each of them is drawn, numbers
-    that are not negative, one for each resolution. ValueError for anything else.
+    that are not negative, one for each resolution. ValueError for other values or lengths.
     """
 
     def __init__(self, resolutions: tuple = (7, 14, 20), ratio: tuple = (1, 1, 2)):
@@ -208,10 +208,10 @@ class ArcFace(nn.Module):
     """Additive angular margin head (Deng et al. 2019): (embeddings, labels) -> logits (N, classes).
 
     The logit of a class is scale * cos(theta), that of an image's own class
-    scale * cos(theta + margin), in float32 and with its true gradient. (InsightFace's lacks the
-    factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises again;
-    there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling. (InsightFace
-    lets it rise: at theta = pi its logit is 15.7 higher than this one, at scale 64.)
+    scale * cos(theta + margin), in float32 and with its true gradient. (Today's InsightFace leaves
+    out the factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises
+    again; there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling.
+    (InsightFace lets it rise: at theta = pi its logit is 15.7 higher than this one, at scale 64.)
 
     embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes), else torch stops.
     scale, margin: s and m of the ArcFace paper, m in radians.
@@ -249,10 +249,18 @@ class ArcFace(nn.Module):
 
 
 def difference(x, y):
-    """x - y, in float64."""
+    """x - y in float64, which Apple's GPUs lack."""
     if x.shape != y.shape:
         raise ValueError(f"embeddings differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     return x.double() - y.double()
+
+
+def powers(x, y, p):
+    """d = x - y and a = |d|^p."""
+    if not p >= 1:
+        raise ValueError(f"p must be 1 or more (the gradient at 0 would be infinite), got {p}")
+    d = difference(x, y)
+    return d, d.abs().pow(p)
 
 
 def logexp_loss(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
@@ -260,24 +268,20 @@ def logexp_loss(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
 
     x, y: (N, D) embeddings. Returns a float64 scalar, accurate for the smallest differences (hence
     expm1 and log1p) and up to |x_i - y_i|^p = 700 (float32 would overflow at 89).
-    ValueError if p < 1 (the gradient at 0 would be infinite) or the shapes differ.
+    ValueError if p < 1 or the shapes differ.
     (The official code: log(1 + sum over batch B and dimensions) / (p B), not divided by D.)
     """
-    if not p >= 1:
-        raise ValueError(f"p must be 1 or more, got {p}")
-    d = difference(x, y)
-    a = d.abs().pow(p)
+    d, a = powers(x, y, p)
     return torch.log1p(torch.expm1(a).sum(-1)).mean() / (p * d.shape[-1])
 
 
 def logexp_grad(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
-    """Analytic gradient (N, D) of logexp_loss with respect to x. With respect to y, negate it.
+    """Analytic gradient (N, D) of logexp_loss by x, in float64. By y, negate it.
 
     Eq. (2), here for any p and with the mean over the N pairs:
     sign(d_i) |d_i|^(p-1) e^{|d_i|^p} / (1 + sum_j (e^{|d_j|^p} - 1)) / (D N), d = x - y.
     """
-    d = difference(x, y)
-    a = d.abs().pow(p)
+    d, a = powers(x, y, p)
     weights = torch.exp(a) / (1 + torch.expm1(a).sum(-1, keepdim=True))  # of each dimension
     return d.sign() * d.abs().pow(p - 1) * weights / d.numel()
 
@@ -307,10 +311,12 @@ class LRFR(nn.Module):
 
     L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(u_hr, u_lr), u = f / |f|
 
-    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
+    backbone: images -> (N, D). head: (embeddings, labels) -> logits.
+    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y), whatever
+    the distance is.
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. With D = 512 and at a cosine of 0.5, these pull equally hard: LogExp(1) 300,
-    LogExp(2) 720, L1 16, L2 180. All grow with D, that of L1 with its root.
+    weight: lambda. 300 suits LogExp(1) with D = 512. At a cosine of 0.5, 720 of LogExp(2), 16 of L1
+    and 180 of L2 have a gradient of the same norm. All grow with D, that of L1 with its root.
     pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     """
@@ -335,7 +341,8 @@ class LRFR(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
 
-        Returns the total loss and its parts, detached, by name.
+        Returns the total loss and its parts, detached: "sharp", "degraded" and "distance", of which
+        the last is without its weight.
         """
         sharp = random_flip(images)
         if self.maug is None:
@@ -355,7 +362,7 @@ class LRFR(nn.Module):
             # Of unit embeddings, as in the official code, since cosines are all that is compared
             # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most, so that LogExp weighs the
             # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
-            u_hr, u_lr = F.normalize(embeddings).chunk(2)  # (N, D) each
+            u_hr, u_lr = F.normalize(embeddings.float()).chunk(2)  # (N, D) each
             if not self.pull_both:
                 u_hr = u_hr.detach()  # a fixed target; moving it as well cost rank-1 here
             distance = self.distance(u_hr, u_lr)
@@ -370,9 +377,9 @@ class LRFR(nn.Module):
 def load_backbone(path: str) -> IResNet:
     """Loads an IResNet, in eval mode on the CPU, from a file of train.py or of InsightFace.
 
-    Depth and width are inferred from the tensor shapes. The state dict may be nested under one of
-    the usual keys, and its names may have a prefix such as "module.". No code in the file is run
-    (with torch 2.6 or newer).
+    Depth and width are inferred from the tensor shapes. The state dict may be nested, as under
+    "state_dict" or "backbone", and its names may have a prefix, such as "module.". No code in the
+    file is run. Needs torch 2.6 or newer.
     ValueError, with the path, if the file holds anything else.
     """
     state = read_state_dict(path)
@@ -409,8 +416,8 @@ def read_state_dict(path):
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception:  # of many kinds, for a file that is damaged or no checkpoint
         raise ValueError(
-            f"{path}: damaged, or not a file of tensors alone: of a whole model, save "
-            "model.state_dict(); convert ONNX and safetensors"
+            f"{path}: damaged, or it holds more than tensors: save model.state_dict() alone; "
+            "convert ONNX and safetensors"
         ) from None
     for key in ("model", "model_state_dict", "state_dict", "state_dict_backbone", "backbone"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -427,7 +434,8 @@ def numpy_scalars():
     except ImportError:
         return []
     types = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
-    return [np.dtype, np.int64(0).__reduce__()[0], *types]
+    scalar = np.int64(0).__reduce__()[0]
+    return [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *types]  # as in numpy 1
 
 
 @torch.no_grad()
@@ -437,8 +445,8 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
     flip: what the mirrored image contributes. "sum" adds its embedding, as InsightFace does;
     "concat" puts the two unit embeddings side by side, (N, 2D), as the official LRFR code does;
     "none" leaves it out.
-    ValueError for values outside of [-1, 1] (0 to 1 goes unnoticed, and gives wrong embeddings),
-    another flip, or a backbone in training mode.
+    ValueError for values outside of [-1, 1] (0 to 1 goes unnoticed, and gives wrong embeddings:
+    take 2 * x - 1), another flip, or a backbone in training mode.
     """
     if flip not in ("sum", "concat", "none"):
         raise ValueError(f"flip must be 'sum', 'concat' or 'none', got '{flip}'")
@@ -447,7 +455,7 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
     if images.numel() and not images.abs().amax() <= 1:  # so that nan is refused, too
         low, high = images.amin(), images.amax()
         raise ValueError(f"pixel values from {low:.4g} to {high:.4g}, not -1 to 1: see to_input")
-    embeddings = backbone(images)
+    embeddings = backbone(images).float()
     if flip == "sum":
         embeddings = embeddings + backbone(images.flip(3))
     if flip == "concat":

@@ -34,9 +34,8 @@ REAL = HERE.parent / "shared" / "faces"  # real faces, where a developer has the
 README = (HERE / "README.md").read_text()
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])  # of six images
-OFFICIAL = np.linspace(-1, 1, 401)[
-    ::-1
-]  # the official code's thresholds, the highest first: of equals it wins
+# The official code's thresholds, the highest first: of equals it wins.
+OFFICIAL = np.linspace(-1, 1, 401)[::-1]
 MAGIC = struct.pack("<I", 0xCED7230A)  # begins each record of an MXNet RecordIO file
 BOMB = b"cposix\nsystem\n(S'touch bomb-went-off'\ntR."  # a hostile pickle
 
@@ -177,7 +176,7 @@ def test_load_backbone_says_what_a_file_is_instead():
         (torchvision.models.resnet18().state_dict(), "not InsightFace's IResNet: Error"),
         (state | {"fc.bias": torch.zeros(7)}, "size mismatch for fc.bias"),
         ({"a": torch.zeros(1)}, "0 blocks of an IResNet; known are"),
-        (ArcFace(2), "not a file of tensors alone: of a whole model, save"),
+        (ArcFace(2), "it holds more than tensors: save model.state_dict"),
     ]
     for content, message in contents:
         torch.save(content, "net.pt")
@@ -376,15 +375,15 @@ def test_what_is_out_of_range_is_refused():
     refused = [
         (lambda: degrade(faces, 1), "a resolution must be 2 pixels or more, got 1"),
         (lambda: MAug((1, 7), (1, 1)), "a resolution must be 2 pixels or more, got 1"),
-        (lambda: lrfr.to_input(faces, "cpu"), "pixels must be uint8, 0 to 255, got torch.float32"),
+        (lambda: lrfr.to_input(faces, "cpu"), "must be a uint8 tensor, 0 to 255, got torch.float"),
         (lambda: degrade(faces.byte(), 7), "images must be floats in [-1, 1], got torch.uint8"),
         (lambda: embed(IResNet(10, 4), faces), "training mode: call backbone.eval() first"),
         (lambda: embed(backbone, faces, "mirror"), "got 'mirror'"),
         (lambda: embed(backbone, faces * 0 + 255), "pixel values from 255 to 255"),
         (lambda: embed(backbone, faces * 2.1), "not -1 to 1: see to_input"),  # ImageNet's
         (lambda: ArcFace(2, 4)(torch.zeros(2, 4), torch.zeros(1)), "(1,) labels for 2 embeddings"),
-        (lambda: logexp_loss(LABELS, LABELS, 0.5), "p must be 1 or more"),
-        (lambda: lrfr.l2_loss(LABELS, LABELS[:1]), "embeddings differ in shape"),
+        (lambda: logexp_loss(faces, faces, 0.5), "p must be 1 or more"),
+        (lambda: lrfr.l2_loss(faces, faces[:, :1]), "embeddings differ in shape"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -892,7 +891,7 @@ def four_steps(out):
 
 
 def test_two_processes_train_like_one():
-    """On pictures of rows of one colour, since each process flips its own at random."""
+    """On pictures that no flip changes, since each process draws flips of its own."""
     rng = np.random.default_rng(0)
     for i in range(32):
         pixels = rng.integers(0, 256, (112, 1, 3), np.uint8).repeat(112, axis=1)
@@ -964,10 +963,9 @@ def test_a_bad_command_ends_in_one_line(line, message, folder, capsys, monkeypat
 
 
 def test_too_little_memory_is_one_line_and_strange_names_are_escaped(monkeypatch):
-    loader = DataLoader(
-        [signal.SIGKILL], None, num_workers=1, collate_fn=signal.raise_signal
-    )  # kills itself
-    with pytest.raises(SystemExit, match="--workers 0, or docker run --shm-size=8g"):
+    # Its worker kills itself.
+    loader = DataLoader([signal.SIGKILL], None, num_workers=1, collate_fn=signal.raise_signal)
+    with pytest.raises(SystemExit, match=r"killed, .* docker run --shm-size=8g, or"):
         evaluate.run(lambda: list(loader))
     with pytest.raises(SystemExit, match="a smaller --batch-size needs less"):
         evaluate.run(lambda: torch.empty(2**55))

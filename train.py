@@ -166,10 +166,11 @@ def find_images(file, keys, offsets):
     if has_image:  # im2rec
         return slice(0, len(keys)), {read_label(file, offset)[0] for offset in offsets}
     end = int(np.searchsorted(keys, end_key))
+    # A label is a float32, which cannot hold each key above 2^24: it may be too low or too high.
     while end < len(keys) and read_label(file, offsets[end])[1]:
-        end += 1  # float32 cannot hold each key above 2^24: too low ...
+        end += 1
     while end > 1 and not read_label(file, offsets[end - 1])[1]:
-        end -= 1  # ... or too high
+        end -= 1
     first_keys = [read_label(file, offset)[0] for offset in offsets[end:]]
     if not first_keys:
         raise ValueError("there are no records of identities: is train.idx cut short?")
@@ -356,7 +357,7 @@ def hold_out(name, sources, labels):
 
 
 def jitter(images, strength):
-    """Random affine and brightness and contrast of each of (N, 3, H, W) in [-1, 1].
+    """Turns, scales, shifts and lights each of (N, 3, H, W) in [-1, 1] at random.
 
     Against overfitting on small sets. strength 1: up to 9 degrees, 5 % of the size, 15 % of scale,
     30 % of brightness and contrast. Drawn on the CPU, so that they are the same on every device.
@@ -440,13 +441,14 @@ def parse_arguments(argv):
     add("--epochs", 20, "passes over the data", number(int, 1))
     add("--batch-size", 128, "faces in a step of one process", number(int, 2))
     add("--lr", 0.02, "highest learning rate", number(float, 0))
-    text = "random affine and colour jitter, against overfitting on small sets"
+    text = "random affine, brightness and contrast, against overfitting on small sets"
     add("--jitter", 0.0, text, number(float, 0, 3))
     text = "checkpoint or InsightFace weights to start from, whatever --backbone and --width say"
     add("--init", None, text, metavar="FILE")
     text = "identities of an image folder for the final table (default: 5 %%, at most 100)"
     add("--holdout", None, text, number(int, 0))
-    add("--out", None, "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)")
+    text = "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)"
+    add("--out", None, text)
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
     workers = min(4, os.cpu_count() or 1)
     add("--workers", workers, "processes that decode images", number(int, 0, 256))
@@ -659,7 +661,7 @@ def train(args, model, faces, benchmarks, state):
     try:
         for step, (images, labels) in enumerate(loader, begin):
             # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
-            torch.manual_seed((args.seed * 1_000_003 + step + RANK * 7_919_000_003) % 2**63)
+            torch.manual_seed(args.seed * 1_000_003 + step + RANK * 7_919_000_003)
             lr = learning_rate(step, steps, args.lr)
             optimiser.param_groups[0]["lr"] = lr
             images = images.to(args.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
@@ -737,7 +739,7 @@ def main(argv=None):
     backbone, maug = make_backbone(args), make_maug(args)
     faces, every_epoch, final = open_data(args)
     args.images, args.classes = len(faces), faces.classes
-    if state is not None:
+    if state is not None:  # images and classes are known only now
         check_agreement(args, state["args"])
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
     model = LRFR(backbone, head, maug, make_distance(args), args.weight, args.pull == "both")

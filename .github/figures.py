@@ -181,7 +181,7 @@ def gradient_norms(args, name, backbone, head, paths, labels):
 
 
 def study(args):
-    """Draws lfw-both.png, lfw-cross.png and gradient.png, and writes their numbers, study.json."""
+    """Draws lfw-both.png, lfw-cross.png and gradient.png, and writes their numbers, study.jsonl."""
     benchmark = evaluate.read_lfw(args.lfw)
     paths, labels = train.image_folder(args.data)
     backbones = load_backbones(args)
@@ -193,7 +193,7 @@ def study(args):
     for row in rows:
         row["gradient_norm"] = norms[row["checkpoint"], row["px"]]
     print(evaluate.table(rows))
-    evaluate.write_file(args.out / "study.json", json.dumps(rows).encode())
+    write_lines(args.out / "study.jsonl", rows)
     for file_name, key, xlabel, ylabel in PICTURES:
         curves = {}
         for name in backbones:
@@ -463,40 +463,45 @@ def camera(args):
 # ---- 6. Command line -----------------------------------------------------------------------------
 
 
-def add_command(commands, function):
-    """Adds a subcommand, which is called like its function -> its parser."""
+def add_command(commands, function, checkpoints="+"):
+    """Adds a subcommand that is called like its function -> its parser."""
     text = function.__doc__.split("\n\n")[0]
     command = commands.add_parser(function.__name__, help=text, description=text)
     command.set_defaults(function=function, json=None, out=None)
-    if function is not derivatives:
-        count = 1 if function is embeddings else "+"
-        command.add_argument("checkpoints", nargs=count, metavar="CHECKPOINT")
+    if checkpoints:
+        command.add_argument("checkpoints", nargs=checkpoints, metavar="CHECKPOINT")
         text = "folder with pairs.txt and Name/Name_0001.jpg, aligned"
         command.add_argument("--lfw", metavar="DIR", required=True, help=text)
         evaluate.add_device_options(command)
-    if function in (study, derivatives, errors, embeddings):
-        command.add_argument("--out", metavar="DIR", type=Path, required=True, help="draw here")
-    if function in (errors, weights):
-        text = "how many images of LFW to take (default: 512)"
-        images = evaluate.number(int, 1)
-        command.add_argument("--images", metavar="N", type=images, default=512, help=text)
-    if function in (weights, camera):
-        text = "write the numbers here, too, as lines of JSON"
-        command.add_argument("--json", metavar="FILE", help=text)
     return command
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    study_parser = add_command(commands, study)
+    drawing = {
+        "study": add_command(commands, study),
+        "derivatives": add_command(commands, derivatives, checkpoints=None),
+        "errors": add_command(commands, errors),
+        "embeddings": add_command(commands, embeddings, checkpoints=1),
+    }
+    for command in drawing.values():
+        command.add_argument("--out", metavar="DIR", type=Path, required=True, help="draw here")
     text = "the image folder that the checkpoints were trained on"
-    study_parser.add_argument("--data", metavar="FOLDER", required=True, help=text)
-    for function in (derivatives, errors, embeddings, weights):
-        add_command(commands, function)
-    camera_parser = add_command(commands, camera)
+    drawing["study"].add_argument("--data", metavar="FOLDER", required=True, help=text)
+    measuring = {
+        "weights": add_command(commands, weights),
+        "camera": add_command(commands, camera),
+    }
+    for command in measuring.values():
+        text = "write the numbers here, too, as lines of JSON"
+        command.add_argument("--json", metavar="FILE", help=text)
     text = "draw eight faces and their photographs here"
-    camera_parser.add_argument("--faces", metavar="FILE.png", help=text)
+    measuring["camera"].add_argument("--faces", metavar="FILE.png", help=text)
+    images = evaluate.number(int, 1)
+    for command in (drawing["errors"], measuring["weights"]):
+        text = "how many images of LFW to take (default: 512)"
+        command.add_argument("--images", metavar="N", type=images, default=512, help=text)
     args = parser.parse_args(argv)
     if args.out:  # what cannot be written fails now, not after an hour
         args.out.mkdir(parents=True, exist_ok=True)
