@@ -413,14 +413,14 @@ class Photographs:
         return png.getvalue()
 
 
-def draw_faces(path, sources):
-    """Draws eight faces, each above its photographs."""
-    chosen = evenly_spaced(range(len(sources)), 8)
-    files = [sources[i] for i in chosen]
+def draw_faces(path):
+    """Draws eight faces of the demo, each above its photographs."""
+    files = train.demo_faces(8, 1, seed=3).sources
+    rows = list(files)
     for px in LOW:
-        photographs = Photographs(sources, px)
-        files += [photographs[i] for i in chosen]
-    faces = make_grid(evaluate.read_images(files), nrow=8, padding=0)
+        photographs = Photographs(files, px)
+        rows += [photographs[i] for i in range(8)]
+    faces = make_grid(evaluate.read_images(rows), nrow=8, padding=0)
     figure = Figure((4.8, 2.35), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(faces.permute(1, 2, 0))
@@ -434,7 +434,7 @@ def camera(args):
     benchmark = evaluate.read_lfw(args.lfw)
     backbones = load_backbones(args)
     if args.faces:
-        draw_faces(args.faces, benchmark.sources)
+        draw_faces(args.faces)
     bicubic = embed(args, backbones, "LFW", benchmark.sources, [*LOW, SIZE])
     rows = []
     for px in LOW:
@@ -496,7 +496,7 @@ def main(argv=None):
     for command in measuring.values():
         text = "write the numbers here, too, as lines of JSON"
         command.add_argument("--json", metavar="FILE", help=text)
-    text = "draw eight faces and their photographs here"
+    text = "draw eight of the demo's faces and their photographs here"
     measuring["camera"].add_argument("--faces", metavar="FILE.png", help=text)
     images = evaluate.number(int, 1)
     for command in (drawing["errors"], measuring["weights"]):
