@@ -360,7 +360,7 @@ class LRFR(nn.Module):
         parts = {"sharp": sharp_loss.detach(), "degraded": degraded_loss.detach()}
         if self.distance is not None:
             # Of unit embeddings, as in the official code, since cosines are all that is compared
-            # later. |d_i| is then 0.02 to 0.05 on average, 0.26 at most, so that LogExp weighs the
+            # later. |d_i| is then 0.02 to 0.05 on average, 0.25 at most, so that LogExp weighs the
             # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
             u_hr, u_lr = F.normalize(embeddings.float()).chunk(2)  # (N, D) each
             if not self.pull_both:
