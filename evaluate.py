@@ -8,6 +8,7 @@ gallery shows the person of a probe.
 """
 
 import argparse
+import codecs
 import ctypes
 import functools
 import io
@@ -76,7 +77,7 @@ def read_images(sources):
 
 def is_hidden(name):
     """Whether a file or folder is a by-product of other programs, such as .ipynb_checkpoints."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
 
 
 def images_below(root):
@@ -94,14 +95,19 @@ def images_below(root):
         visited.add(os.path.realpath(folder))
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for name in files:
-            if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
+            ending = os.path.splitext(name)[1]
+            if is_hidden(name):
+                continue
+            if ending.lower() in IMAGE_ENDINGS:
                 paths.append(os.path.join(folder, name))
+            else:
+                warn_once(f"files that end in '{ending}' are passed over: they are no known images")
     return sorted(paths)
 
 
 def write_file(path, content):
     """Writes bytes to a temporary file and moves it into place: an old file is never half lost."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -152,6 +158,12 @@ class Benchmark:
                     f"{self.name}: {genuine} genuine and {impostor} impostor pairs: a benchmark "
                     "needs both, and ten or more in all, for its ten folds"
                 )
+            for fold in np.array_split(self.pairs.genuine, 10):
+                if len(fold) > 1 and len(set(fold)) == 1:
+                    warn_once(
+                        f"{self.name}: there are folds with pairs of one kind alone, which makes "
+                        "the accuracy wrong: mix both kinds evenly"
+                    )
         elif not any(self.count_mates(probes) for probes in self.probes.values()):
             raise ValueError(f"{self.name}: no probe has a mate in the gallery")
 
@@ -214,22 +226,56 @@ def read_xqlfw(root):
     return read_lfw(root, "XQLFW", "xqlfw_pairs.txt", thresholds=2001)
 
 
-class BinUnpickler(pickle.Unpickler):
-    """Admits what numpy arrays and Python 2 strings are made of, and no other function or class."""
+class PickledType:
+    """The dtype of an array in a pickle, by its code alone: numpy would trust what else is said."""
 
-    allowed = (
-        "_codecs.encode",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.numeric._frombuffer",
-    )
+    def __init__(self, code, *_):
+        self.code = code.decode() if isinstance(code, bytes) else code
+
+    def __setstate__(self, state):
+        if state[1] in (">", b">"):
+            raise ValueError("its numbers are big-endian")
+
+
+class PickledArray:
+    """An array of one dimension as a pickle has it; numpy's own reader could be made to crash."""
+
+    def __init__(self, content=b"", dtype=None, *_):
+        self.content = content
+        self.dtype = dtype
+
+    def __setstate__(self, state):
+        _, _, self.dtype, _, self.content = state
+
+    def __iter__(self):
+        if isinstance(self.content, list):  # of Python's objects
+            return iter(self.content)
+        if self.dtype.code not in ("b1", "u1", "i1", "i4", "i8"):
+            raise ValueError(f"numbers of type {self.dtype.code}")
+        return iter(np.frombuffer(self.content, self.dtype.code).tolist())
+
+    def __bytes__(self):
+        return bytes(self.content)
+
+
+ADMITTED = {
+    "_codecs.encode": codecs.encode,
+    "numpy.dtype": PickledType,
+    "numpy.ndarray": None,
+    "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+    "numpy.core.multiarray.scalar": lambda dtype, content: list(PickledArray(content, dtype)).pop(),
+    "numpy.core.numeric._frombuffer": PickledArray,
+}
+
+
+class BinUnpickler(pickle.Unpickler):
+    """Admits numpy's arrays and Python 2's strings, as data, and no other function or class."""
 
     def find_class(self, module, name):
-        if f"{module}.{name}".replace("numpy._core", "numpy.core") not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+        name = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if name not in ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {name}")
+        return ADMITTED[name]
 
 
 def read_bin(path):
@@ -245,7 +291,7 @@ def read_bin(path):
         except Exception as error:  # of a dozen kinds, for damaged files
             raise ValueError(f"{path}: not a verification set ({error})") from None
     for label in labels:
-        if not isinstance(label, (int, np.bool_, np.integer)) or label not in (0, 1):
+        if not isinstance(label, int) or label not in (0, 1):
             raise ValueError(f"{path}: label {label!r:.40}: expected True, False, 1 or 0")
     if len(images) != 2 * len(labels):
         raise ValueError(f"{path}: {len(images)} images for {len(labels)} pairs")
@@ -288,7 +334,12 @@ def read_tinyface(root):
     probes = images_below(os.path.join(root, "Probe"))
     mates = images_below(os.path.join(root, "Gallery_Match"))
     distractors = images_below(os.path.join(root, "Gallery_Distractor"))
-    people = [os.path.basename(path).split("_")[0] for path in probes + mates]
+    people = []
+    for path in probes + mates:
+        person, separator, _ = os.path.basename(path).partition("_")
+        if not (person.isdigit() and separator):
+            raise ValueError(f"{path}: expected a name such as 12_3.jpg, image 3 of person 12")
+        people.append(person)
     identity = np.unique(people, return_inverse=True)[1]
     identity = np.append(identity, np.full(len(distractors), -1)).astype(int)
     gallery = np.arange(len(probes), len(identity))
@@ -646,7 +697,9 @@ def parse_arguments(argv):
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
     sets = [getattr(args, option) for option in BENCHMARKS]
-    if len(args.match) == 1 or not (args.match or any(sets)):
+    if len(args.match) == 1:
+        parser.error("--match takes two images or more")
+    if not (args.match or any(sets)):
         parser.error("nothing to do: give --lfw or another benchmark, or --match A B")
     return args
 
@@ -694,8 +747,8 @@ def main(argv=None):
     for benchmark in benchmarks:
         new = evaluate(backbones, benchmark, args.resolutions, args.device, args.amp, args.flip)
         rows += new
-        save_rows(args, rows)
         print(table(new), flush=True)
+        save_rows(args, rows)
         if args.plots:
             plot(args.plots, new)
 

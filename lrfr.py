@@ -424,7 +424,10 @@ def read_state_dict(path):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return {str(name): value for name, value in state.items() if torch.is_tensor(value)}
+    tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
+    if not tensors:
+        raise ValueError(f"{path}: no tensors, but {list(state)[:5]}: save the state dict alone")
+    return tensors
 
 
 def numpy_scalars():

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from numpy._core.numeric import _frombuffer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -176,6 +177,7 @@ def test_load_backbone_says_what_a_file_is_instead():
         (torchvision.models.resnet18().state_dict(), "not InsightFace's IResNet: Error"),
         (state | {"fc.bias": torch.zeros(7)}, "size mismatch for fc.bias"),
         ({"a": torch.zeros(1)}, "0 blocks of an IResNet; known are"),
+        ({"net": state}, r"no tensors, but \['net'\]: save the state dict alone"),
         (ArcFace(2), "it holds more than tensors: save model.state_dict"),
     ]
     for content, message in contents:
@@ -411,17 +413,19 @@ def test_read_image_takes_8_bits_of_any_kind_and_nothing_else():
         read_image(script)
 
 
-def test_by_products_and_links_upwards_are_no_faces(folder, files):
+def test_by_products_and_links_upwards_are_no_faces(folder, files, capsys):
     shutil.copytree(folder, "data")
     for name in (".ipynb_checkpoints/0.jpg", "__MACOSX/0.jpg", "P0/._0.jpg", "P0/.Trash/0.jpg"):
         write(f"data/{name}", files[0])
     write("data/P8/notes.txt", b"no image")
+    write("data/P8/0.gif", files[0])
     write("data/P7/more.jfif", files[0])
     os.rename("data/P7", "elsewhere")
     os.symlink("../elsewhere", "data/P7")  # is followed
     os.symlink("../../data", "data/P0/up")
     paths, labels = train.image_folder("data")
     assert np.bincount(labels).tolist() == [4] * 7 + [5]
+    assert "files that end in '.gif' are passed over" in capsys.readouterr().err
     assert evaluate.images_below("data") == paths
 
 
@@ -467,10 +471,20 @@ def test_a_bin_is_read_whoever_pickled_it(files, protocol):
             write("set.bin", pickle.dumps((images, labels), protocol))
             assert read_bin("set.bin").sources == files
             assert np.array_equal(read_bin("set.bin").pairs.genuine, truth)
+    objects = np.array([*files, None], object)[:-1]
+    write("set.bin", pickle.dumps((objects, list(truth)), protocol))  # labels of numpy's bool
+    assert read_bin("set.bin").sources == files
     # Of Python 2, whose strings are bytes, as in InsightFace's own files.
     strings = b"".join(b"T" + struct.pack("<I", len(file)) + file for file in files)
     write("set.bin", b"\x80\x02(](" + strings + b"e](" + b"K\0K\x01" * 5 + b"et.")
     assert read_bin("set.bin").sources == files
+
+
+class Pointers:
+    """An array of objects whose addresses stand in the pickle."""
+
+    def __reduce__(self):
+        return _frombuffer, (b"AAAAAAAA" * 10, np.dtype("O"), (10,), "C")
 
 
 def test_what_is_no_bin_is_refused(files):
@@ -482,6 +496,7 @@ def test_what_is_no_bin_is_refused(files):
         "label -1: expected True, False, 1 or 0": pickle.dumps((files, [1, -1] * 5)),
         "label '1': expected True": pickle.dumps((files, ["1", "0"] * 5)),
         "10 genuine and 0 impostor pairs": pickle.dumps((files, [1] * 10)),
+        "numbers of type O": pickle.dumps((files, Pointers()), 2),  # would crash numpy
     }
     for message, content in contents.items():
         write("set.bin", content)
@@ -522,6 +537,9 @@ def test_tinyface_counts_a_probe_without_a_mate_as_a_miss_and_says_so(files):
     for person in range(1, 5):
         os.rename(f"mates/{person}_2.jpg", f"mates/000{person}_2.jpg")
     with pytest.raises(ValueError, match="no probe has a mate in the gallery"):
+        read_tinyface("tiny")
+    os.rename("mates/0001_2.jpg", "mates/img_1.jpg")
+    with pytest.raises(ValueError, match=r"img_1.jpg: expected a name such as 12_3.jpg"):
         read_tinyface("tiny")
 
 
@@ -572,6 +590,13 @@ def test_tar_at_far_is_of_one_threshold_over_all_impostors():
         accepted = [t for t in [*scores, -math.inf] if (impostor > t).sum() <= far * 1000]
         assert tar == pytest.approx((genuine > min(accepted)).mean())
     assert evaluate.roc_curve(scores[1:], truth[1:]) is None  # of 999 impostors
+
+
+def test_pairs_sorted_by_kind_are_warned_of(capsys):
+    for same in ([True, False] * 10, [True] * 10 + [False] * 10):
+        pairs = evaluate.Pairs(np.arange(20), np.arange(20), np.array(same))
+        evaluate.Benchmark("sorted", [], pairs)
+    assert capsys.readouterr().err.count("sorted: there are folds with pairs of one kind") == 1
 
 
 def test_ranks_are_places_after_sorting():
@@ -701,7 +726,10 @@ def test_records_of_insightface_are_read(files):
 def test_records_of_im2rec_are_read_in_the_order_of_their_keys(files):
     payloads = [record([label], files[i]) for i, label in enumerate((5, 0, 2, 5))]
     write_records(payloads, keys=[7, 3, 12, 5])
+    index = Path("ms1m/train.idx").read_bytes()
+    write("ms1m/train.idx", index * 2)  # of a writer that ran twice
     faces = train.RecordFaces("ms1m")
+    assert len(faces) == 4
     assert [faces[i][1] for i in range(4)] == [0, 2, 2, 1]
     assert np.array_equal(faces[0][0], read_image(files[1]))
 

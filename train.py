@@ -63,8 +63,9 @@ from lrfr import (
     to_input,
 )
 
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes torchrun has started
-RANK = int(os.environ["RANK"]) if RANKS > 1 else 0  # which of them this one is
+UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
+RANKS = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1  # how many processes it has started
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # which of them this one is
 
 # ---- 1. Data -------------------------------------------------------------------------------------
 
@@ -192,13 +193,14 @@ class RecordFaces(Faces):
         self.path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
         try:
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
-            order = keys.argsort()
+            keys, places = np.unique(keys, return_index=True)  # sorted
+            offsets = offsets[places]
             with open(self.path, "rb", buffering=0) as file:
-                images, labels = find_images(file, keys[order], offsets[order])
+                images, labels = find_images(file, keys, offsets)
         except (OSError, ValueError, IndexError) as error:
             raise ValueError(f"{index}, or the train.rec beside it: {error}") from None
         self.number_of = {label: i for i, label in enumerate(sorted(labels))}
-        super().__init__(offsets[order][images], None, len(self.number_of))
+        super().__init__(offsets[images], None, len(self.number_of))
 
     def load(self, i):
         offset = int(self.sources[i])
@@ -653,6 +655,8 @@ def train(args, model, faces, benchmarks, state):
     order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
     loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
     if state is None:
+        if RANK == 0 and os.path.exists(os.path.join(args.out, "last.pt")):
+            raise ValueError(f"{args.out}: another run has begun there meanwhile: give --out")
         save_last(args, kept, 0)  # a full disk is noticed now; and another run will find this one
     # The first report comes after five steps, or at the end of the epoch.
     first = min(begin + 5, begin - begin % per_epoch + per_epoch)
