@@ -41,7 +41,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pg
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # not EPS, which runs Ghostscript
 
 
-@functools.cache  # so that the same text is printed once
+@functools.cache  # so that a process prints the same text once
 def warn_once(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -81,7 +81,7 @@ def is_hidden(name):
 
 
 def images_below(root):
-    """Sorted paths of the images in a folder, however deep. A link to a parent is not followed."""
+    """Sorted paths of the images in a folder, however deep. Links lead into no folder twice."""
 
     def fail(error):
         raise error  # else os.walk passes over what it may not read
@@ -93,7 +93,7 @@ def images_below(root):
             subfolders.clear()
             continue
         visited.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         for name in files:
             ending = os.path.splitext(name)[1]
             if is_hidden(name):
@@ -173,7 +173,7 @@ class Benchmark:
 
 
 def split_gallery(identity):
-    """The first image of each person as the gallery, the others as probes without a name."""
+    """The first image of each person as the gallery, the others as one group of probes."""
     gallery = np.unique(identity, return_index=True)[1]
     others = np.setdiff1d(np.arange(len(identity)), gallery)
     return gallery, {"": others} if len(others) else {}
@@ -217,7 +217,9 @@ def find_face(root, person, number):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [n for n in names if n.startswith(stem) and n.lower().endswith(IMAGE_ENDINGS)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} images {os.path.join(folder, stem)}jpg (or .png ...)")
+        raise ValueError(
+            f"{len(found)} images called {os.path.join(folder, stem)}jpg (or .png ...)"
+        )
     return os.path.join(folder, found[0])
 
 
@@ -226,8 +228,13 @@ def read_xqlfw(root):
     return read_lfw(root, "XQLFW", "xqlfw_pairs.txt", thresholds=2001)
 
 
+# In a pickle, an array is _reconstruct(ndarray, ...), then the state (version, shape, dtype, order,
+# content); with protocol 5 it is _frombuffer(content, dtype, ...). numpy would trust the dtype's
+# own state, and could be made to crash. These two classes take what is data from both.
+
+
 class PickledType:
-    """The dtype of an array in a pickle, by its code alone: numpy would trust what else is said."""
+    """The dtype of an array in a pickle, by its code alone."""
 
     def __init__(self, code, *_):
         self.code = code.decode() if isinstance(code, bytes) else code
@@ -238,7 +245,7 @@ class PickledType:
 
 
 class PickledArray:
-    """An array of one dimension as a pickle has it; numpy's own reader could be made to crash."""
+    """An array of one dimension in a pickle."""
 
     def __init__(self, content=b"", dtype=None, *_):
         self.content = content
@@ -263,7 +270,7 @@ ADMITTED = {
     "numpy.dtype": PickledType,
     "numpy.ndarray": None,
     "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
-    "numpy.core.multiarray.scalar": lambda dtype, content: list(PickledArray(content, dtype)).pop(),
+    "numpy.core.multiarray.scalar": lambda dtype, content: next(iter(PickledArray(content, dtype))),
     "numpy.core.numeric._frombuffer": PickledArray,
 }
 
@@ -556,7 +563,7 @@ COLUMNS = {
 
 
 def cell(key, value):
-    """A number of the table as text: what is a float, but no threshold, is a share."""
+    """An entry of the table as text. Floats are shares, shown in %, except thresholds."""
     if value is None:
         return "-"
     if key.endswith("threshold"):
@@ -566,7 +573,7 @@ def cell(key, value):
 
 def table(rows):
     """The rows of one benchmark as a text with a heading."""
-    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]  # a lone group has no name
+    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]  # without the lone group's name
     cells = [[COLUMNS[key] for key in keys]]
     for row in rows:
         cells.append([cell(key, row[key]) for key in keys])
@@ -705,8 +712,8 @@ def parse_arguments(argv):
 
 
 def match(backbones, args):
-    """Prints the cosines of each two of some images -> rows of results."""
-    print("cosine similarities of what should be faces aligned to ArcFace's 112 x 112 template")
+    """Prints the cosine of each pair of the images -> rows of results."""
+    print("cosine similarities; the faces should be aligned to ArcFace's 112 x 112 template")
     embeddings = embed_sources(
         backbones, "--match", args.match, [SIZE], args.device, args.amp, args.flip
     )
@@ -735,7 +742,6 @@ def main(argv=None):
     benchmarks = []
     for option, (read, _) in BENCHMARKS.items():
         for path in getattr(args, option):
-            os.stat(path)  # an error, if there is none
             benchmark = read(path)
             if any(benchmark.name == other.name for other in benchmarks):
                 benchmark.name += f" of {path}"

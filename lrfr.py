@@ -14,7 +14,7 @@ checks the analytic gradient of the LogExp loss.
     f_hr, f_lr    the halves of embeddings    (N, D) each, D = 512
     u_hr, u_lr    u_hr, u_lr                  (N, D): f / |f|, unit vectors
     p             p                           1 in Eq. (1) and (2), any p >= 1 in Eq. (3)
-    lambda        weight                      300; the official code has 1, the paper no value
+    lambda        weight                      300; the paper gives no value
 """
 
 import math
@@ -38,7 +38,7 @@ def to_input(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 def degrade(images: Tensor, px: int | Tensor) -> Tensor:
-    """Reduces each image to `px` rows of pixels and enlarges it again, as a distant camera would.
+    """Reduces each image to `px` rows of pixels and enlarges it again.
 
     Bicubic, with antialiasing on the way down, as Pillow does it. `images` is not changed.
 
@@ -196,7 +196,9 @@ class IResNet(nn.Module):
         x = self.bn2(x).flatten(1)
         # The last layer is in float32 under autocast, too, since half precision would round the
         # embedding.
-        buffer = self.features.running_mean  # x.device would stop torch.fx; fc may be quantised
+        buffer = (
+            self.features.running_mean
+        )  # torch.fx cannot ask x for its device, nor a quantised fc
         with torch.autocast(buffer.device.type, enabled=False):
             return self.features(self.fc(x.to(buffer.dtype)))
 
@@ -208,10 +210,11 @@ class ArcFace(nn.Module):
     """Additive angular margin head (Deng et al. 2019): (embeddings, labels) -> logits (N, classes).
 
     The logit of a class is scale * cos(theta), that of an image's own class
-    scale * cos(theta + margin), in float32 and with its true gradient. (Today's InsightFace leaves
-    out the factor sin(theta + margin) / sin(theta).) Where theta + margin > pi, that cosine rises
-    again; there the logit is scale * (cos(theta) + cos(margin) - 1), which goes on falling.
-    (InsightFace lets it rise: at theta = pi its logit is 15.7 higher than this one, at scale 64.)
+    scale * cos(theta + margin), in float32 and with its true gradient. Where
+    theta + margin > pi, that cosine rises again; there the logit is
+    scale * (cos(theta) + cos(margin) - 1), which goes on falling.
+    (Today's InsightFace leaves the factor sin(theta + margin) / sin(theta) out of the gradient, and
+    lets the cosine rise: at theta = pi its logit is 15.7 higher than this one, at scale 64.)
 
     embeddings: (N, D) of any length. labels: (N,) int64 in [0, num_classes), else torch stops.
     scale, margin: s and m of the ArcFace paper, m in radians.
@@ -316,7 +319,7 @@ class LRFR(nn.Module):
     the distance is.
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
     weight: lambda. 300 suits LogExp(1) with D = 512. At a cosine of 0.5, 720 of LogExp(2), 16 of L1
-    and 180 of L2 have a gradient of the same norm. All grow with D, that of L1 with its root.
+    and 180 of L2 have a gradient of the same norm. (All in proportion to D, that of L1 to its root.)
     pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     """
@@ -431,7 +434,7 @@ def read_state_dict(path):
 
 
 def numpy_scalars():
-    """What makes up a numpy scalar such as epoch=np.int64(3) in a checkpoint: data, not code."""
+    """What a numpy scalar such as epoch=np.int64(3) is pickled with, for torch.load to admit."""
     try:
         import numpy as np
     except ImportError:

@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from numpy._core.numeric import _frombuffer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -55,7 +54,7 @@ def files():
 
 @pytest.fixture(scope="session")
 def folder(files, tmp_path_factory):
-    """The same as a folder to train on, which is a tiny LFW as well, with 16 pairs."""
+    """Those files as identity/image.jpg, with a pairs.txt of 16 pairs, as of LFW."""
     root = tmp_path_factory.mktemp("faces")
     lines = ["10\t1"]
     for i, file in enumerate(files):
@@ -268,7 +267,7 @@ def test_what_is_made_on_torchs_default_device_and_what_is_not():
     try:
         assert ArcFace(5).weight.device.type == "meta"
         assert MAug().sample(3).device.type == "cpu"
-        assert lrfr.check_gradient() < 1e-8  # on the CPU, too
+        assert lrfr.check_gradient() < 1e-12  # on the CPU, too
     finally:
         torch.set_default_device(None)
     with torch.device("meta"):
@@ -293,7 +292,7 @@ def logexp_slow(x, y, p):
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("largest", [1e-6, 1e-3, 0.05, 1.0, 8.0, 600.0])
-def test_logexp_and_its_gradient_are_exact_over_their_range(p, largest):
+def test_logexp_and_its_gradient_are_right_to_six_digits_over_their_range(p, largest):
     torch.manual_seed(0)
     x = (torch.rand(2, 40) * 2 - 1) * min(largest, 600 ** (1 / p))  # |d|^p up to 600
     x, y = x.requires_grad_(), torch.zeros(2, 40, requires_grad=True)
@@ -322,6 +321,12 @@ def step(distance, weight=50.0, pull_both=False):
     loss, parts = model(random_images(6), LABELS)
     outputs[0].retain_grad()
     return head, loss, parts, outputs[0]
+
+
+def test_l1_and_l2_are_means():
+    x, y = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 4.0], [4.0, 0.0]])
+    assert lrfr.l1_loss(x, y) == (0 + 2 + 1 + 5) / 4
+    assert lrfr.l2_loss(x, y) == (0 + 4 + 1 + 25) / 4
 
 
 @pytest.mark.parametrize("distance", [logexp_loss, lrfr.l1_loss, lrfr.l2_loss])
@@ -484,7 +489,8 @@ class Pointers:
     """An array of objects whose addresses stand in the pickle."""
 
     def __reduce__(self):
-        return _frombuffer, (b"AAAAAAAA" * 10, np.dtype("O"), (10,), "C")
+        reconstruct, arguments, _ = np.zeros(10).__reduce__()
+        return reconstruct, arguments, (1, (10,), np.dtype("O"), False, b"AAAAAAAA" * 10)
 
 
 def test_what_is_no_bin_is_refused(files):
@@ -697,7 +703,9 @@ def write_insightface(files, labels, first=1):
     end, classes = first + len(files), sorted(set(labels))
     payloads = [record([end, end + len(classes)])]
     for file, label in zip(files, labels):
-        payloads.append(record([label, 1] if label % 2 else [label], file))  # both are seen
+        payloads.append(
+            record([label, 1] if label % 2 else [label], file)
+        )  # such files have both forms
     for label in classes:
         begin = first + labels.index(label)
         payloads.append(record([begin, begin + labels.count(label)]))

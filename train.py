@@ -131,7 +131,7 @@ def read_label(file, offset):
     """The label of the record at a byte offset, and whether it holds an image (not read here)."""
     file.seek(offset)
     _, length = read_head(file)
-    # A count, the label and two ids; if the count is not 0, so many labels follow and replace it.
+    # A count, a label and two ids; where the count is not 0, so many labels follow instead.
     count, label, first = struct.unpack("<If16xf", file.read(28).ljust(28, b"\0"))
     if count > 0:
         label = first
@@ -144,7 +144,7 @@ def read_record(path, offset):
     Where a payload holds the magic number itself, it was split into parts, flagged 1, 2 ... 2, 3,
     and the number left out. A whole payload has the flag 0.
     """
-    parts, flag = [], 1
+    parts, flag = [], 1  # as if more parts followed
     with open(path, "rb") as file:  # opened anew, so that processes share no position in it
         file.seek(offset)
         while flag in (1, 2):
@@ -159,9 +159,12 @@ def read_record(path, offset):
 def find_images(file, keys, offsets):
     """Which records are images, as a slice, and the labels that occur.
 
-    keys, offsets: (n,), of all records. InsightFace's file begins with a record whose label is the
-    key behind the last image, and ends with one for each identity, whose label is the key of its
-    first image. im2rec's file holds images alone.
+    keys, offsets: (n,), of all records. im2rec's file holds images alone. InsightFace's file:
+
+    key                 label                         image
+    0                   end                           none
+    1 to end - 1        that of the identity          a face
+    end and more        key of an identity's first    none
     """
     end_key, has_image = read_label(file, offsets[0])
     if has_image:  # im2rec
@@ -178,7 +181,7 @@ def find_images(file, keys, offsets):
     if keys[-1] > 2**24:  # first_keys are not exact either: take it that the labels are 0 to n - 1
         return slice(1, end), range(len(first_keys))
     firsts = np.searchsorted(keys[:end], first_keys)
-    firsts = firsts[firsts < end]  # some may have no image
+    firsts = firsts[firsts < end]  # the last identities may have no image
     return slice(1, end), {read_label(file, offset)[0] for offset in offsets[firsts]}
 
 
@@ -304,7 +307,7 @@ def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
     holdout = args.holdout
-    if holdout is None:  # 5 %, an even number: of few identities none
+    if holdout is None:  # up to 5 %, an even number; of few identities none
         holdout = min(100, identities // 40 * 2)
     if holdout > max(0, identities - 2):
         raise ValueError(f"--holdout {holdout}: of {identities} identities, two must be left")
@@ -346,7 +349,7 @@ def hold_out(name, sources, labels):
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
-    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # for ten folds of one size
+    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # twice as many make ten folds
     if count == 0:
         warn_once(f"no table at the end: the {name} make fewer than five pairs of one kind")
         return []
@@ -381,16 +384,16 @@ def jitter(images, strength):
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def batches(images, batch_size, seed, steps):
-    """Yields the indices of this process's images in each of `steps`.
+def batches(count, batch_size, seed, steps):
+    """Yields the indices of this process's images, out of `count`, in each of `steps`.
 
     Every epoch has an order of its own; what is left over at its end is passed over.
     """
     per_step = batch_size * RANKS
     for step in steps:
-        epoch, i = divmod(step, images // per_step)
+        epoch, i = divmod(step, count // per_step)
         if i == 0 or step == steps[0]:
-            order = np.random.default_rng([seed, epoch]).permutation(images)
+            order = np.random.default_rng([seed, epoch]).permutation(count)
         yield order[i * per_step : (i + 1) * per_step][RANK::RANKS].tolist()
 
 
@@ -433,7 +436,7 @@ def parse_arguments(argv):
     add("--resolutions", None, "of MAug, in pixels (default: 7 14 20)", px, nargs="+")
     add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
     add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
-    text = "lambda (default: logexp 300, l1 16, l2 180; 720 suits --p 2)"
+    text = "lambda (default: logexp 300, l1 16, l2 180; give 720 with --p 2)"
     add("--weight", None, text, number(float, 0))
     add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
     add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
@@ -447,7 +450,7 @@ def parse_arguments(argv):
     add("--jitter", 0.0, text, number(float, 0, 3))
     text = "checkpoint or InsightFace weights to start from, whatever --backbone and --width say"
     add("--init", None, text, metavar="FILE")
-    text = "identities of an image folder for the final table (default: 5 %%, at most 100)"
+    text = "identities of an image folder for the final table (default: up to 5 %%, at most 100)"
     add("--holdout", None, text, number(int, 0))
     text = "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)"
     add("--out", None, text)
@@ -457,7 +460,7 @@ def parse_arguments(argv):
     add("--seed", 0, "random seed", number(int, 0, 2**40))
     add_device_options(parser)
     args = parser.parse_args(argv)
-    if args.data == "demo":
+    if args.data == "demo":  # once more, with its defaults
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     if args.maug == "none" and args.loss != "none":
@@ -475,7 +478,7 @@ def parse_arguments(argv):
 
 
 def check_folders(args):
-    """Refuses --data or --out that cannot be, and gives --data one name, however it was spelled."""
+    """Checks --data and --out, and gives --data one name, however it was spelled."""
     if args.data != "demo":
         if not os.path.isdir(args.data):
             raise ValueError(
@@ -657,9 +660,7 @@ def train(args, model, faces, benchmarks, state):
     if state is None:
         if RANK == 0 and os.path.exists(os.path.join(args.out, "last.pt")):
             raise ValueError(f"{args.out}: another run has begun there meanwhile: give --out")
-        save_last(args, kept, 0)  # a full disk is noticed now; and another run will find this one
-    # The first report comes after five steps, or at the end of the epoch.
-    first = min(begin + 5, begin - begin % per_epoch + per_epoch)
+        save_last(args, kept, 0)  # a full disk is noticed now, and a second run here is refused
     described = False
     started = shown = time.time()
     try:
@@ -683,7 +684,7 @@ def train(args, model, faces, benchmarks, state):
             done = step + 1
             epoch_ends = done % per_epoch == 0
             saves = epoch_ends or done % args.save_every == 0
-            if saves or done == first or time.time() - shown > 10:
+            if saves or done == begin + 5 or time.time() - shown > 10:
                 losses = read_losses(loss, terms, done)
                 rate = (done - begin) * per_step / (time.time() - started)
                 left = timedelta(seconds=(steps - done) * per_step // rate)

@@ -67,7 +67,7 @@ def evenly_spaced(items, count):
 
 
 def embed_lfw(args, resolutions):
-    """{name: {px: unit embeddings}} of --images of LFW's images, not mirrored."""
+    """{name: {px: unit embeddings}} of N (`--images`) of LFW's images, not mirrored."""
     sources = evenly_spaced(evaluate.read_lfw(args.lfw).sources, args.images)
     backbones = load_backbones(args)
     by_name = {name: {} for name in backbones}
@@ -290,7 +290,7 @@ def weigh(sharp, degraded, scale, p):
 
     By Eq. (2) its gradient is that of L_p, 1/p sum |d_i|^p, times weights proportional to
     e^{|d_i|^p}. ratio: the largest weight of a pair over its smallest. Where |d_i| is large, a few
-    pairs make its mean, and the median says more.
+    pairs dominate its mean, and the median says more.
     """
     x = scale * sharp
     y = scale * degraded
