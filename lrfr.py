@@ -319,7 +319,7 @@ class LRFR(nn.Module):
     the distance is.
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
     weight: lambda. 300 suits LogExp(1) with D = 512. At a cosine of 0.5, 720 of LogExp(2), 16 of L1
-    and 180 of L2 have a gradient of the same norm. (All in proportion to D, that of L1 to its root.)
+    and 180 of L2 have a gradient of the same norm. (All grow with D, that of L1 with its root.)
     pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     """
