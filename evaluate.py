@@ -649,7 +649,7 @@ def add_device_options(parser):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     text = f"cpu, cuda, cuda:1 ... (default: {default})"
     parser.add_argument("--device", type=existing_device, default=default, help=text)
-    text = "precision of the backbone (default: bf16 where supported, else fp16 on a GPU)"
+    text = "precision of the backbone (default: bf16 where supported, fp16 on other GPUs, else off)"
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=text)
 
 
@@ -694,7 +694,7 @@ def parse_arguments(argv):
     add("--resolutions", type=px, nargs="+", default=RESOLUTIONS, metavar="PX", help=text)
     text = "what is done with the mirrored image's embedding (default: sum, as in InsightFace)"
     add("--flip", choices=["sum", "concat", "none"], default="sum", help=text)
-    add("--json", metavar="FILE", help="write the results here, too")
+    add("--json", metavar="FILE.json", help="write the results here, too")
     add("--plots", metavar="DIR", help="draw accuracy, ROC and CMC here; needs matplotlib")
     add_device_options(parser)
     args = parser.parse_args(argv)

@@ -448,9 +448,9 @@ def parse_arguments(argv):
     add("--lr", 0.02, "highest learning rate", number(float, 0))
     text = "random affine, brightness and contrast, against overfitting on small sets"
     add("--jitter", 0.0, text, number(float, 0, 3))
-    text = "checkpoint or InsightFace weights to start from, whatever --backbone and --width say"
+    text = "checkpoint or InsightFace weights for the backbone, whatever --backbone and --width say"
     add("--init", None, text, metavar="FILE")
-    text = "identities of an image folder for the final table (default: up to 5 %%, at most 100)"
+    text = "last identities of an image folder, for a table (default: up to 5 %%, at most 100)"
     add("--holdout", None, text, number(int, 0))
     text = "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)"
     add("--out", None, text)
@@ -746,6 +746,8 @@ def main(argv=None):
     args.images, args.classes = len(faces), faces.classes
     if state is not None:  # images and classes are known only now
         check_agreement(args, state["args"])
+        if RANK == 0:
+            print(f"going on from step {state['step']:,}", flush=True)
     head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
     model = LRFR(backbone, head, maug, make_distance(args), args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
