@@ -3,8 +3,8 @@
 
 Verification asks whether two images show the same person. It is measured at several resolutions,
 with both images degraded ("both", which the paper plots) and with a sharp image against a degraded
-one ("cross": a passport photo against a camera). Identification asks whether the nearest image of a
-gallery shows the person of a probe.
+one ("cross": the first sharp, like a passport photo, the second from a camera). Identification asks
+whether the nearest image of a gallery shows the person of a probe.
 """
 
 import argparse
@@ -208,7 +208,8 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     folders = [os.path.dirname(image) for image in place_of]
     identity = np.unique(folders, return_inverse=True)[1]
     pairs = Pairs(first, second, genuine.astype(bool))
-    return Benchmark(name, list(place_of), pairs, identity, *split_gallery(identity), thresholds)
+    gallery, probes = split_gallery(identity)
+    return Benchmark(name, list(place_of), pairs, identity, gallery, probes, thresholds)
 
 
 def find_face(root, person, number):
@@ -224,7 +225,10 @@ def find_face(root, person, number):
 
 
 def read_xqlfw(root):
-    """XQLFW: like LFW, with xqlfw_pairs.txt and thresholds in steps of .001, as its own script."""
+    """XQLFW: like LFW, with xqlfw_pairs.txt and thresholds in steps of .001, as its own script.
+
+    Its images are of low quality as they are: what it publishes is measured at 112 px.
+    """
     return read_lfw(root, "XQLFW", "xqlfw_pairs.txt", thresholds=2001)
 
 
@@ -268,7 +272,7 @@ class PickledArray:
 ADMITTED = {
     "_codecs.encode": codecs.encode,
     "numpy.dtype": PickledType,
-    "numpy.ndarray": None,
+    "numpy.ndarray": None,  # an argument of _reconstruct, not used
     "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
     "numpy.core.multiarray.scalar": lambda dtype, content: next(iter(PickledArray(content, dtype))),
     "numpy.core.numeric._frombuffer": PickledArray,
@@ -276,7 +280,7 @@ ADMITTED = {
 
 
 class BinUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays and Python 2's strings, as data, and no other function or class."""
+    """Admits numpy's arrays, and bytes as protocols 0 to 2 write them, and nothing else."""
 
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("numpy._core", "numpy.core")
@@ -292,7 +296,9 @@ def read_bin(path):
     """
     with open(path, "rb") as file:
         try:
-            images, labels = BinUnpickler(file, encoding="bytes").load()
+            images, labels = BinUnpickler(
+                file, encoding="bytes"
+            ).load()  # so are Python 2's strings
             images = [bytes(image) for image in images]
             labels = list(labels)
         except Exception as error:  # of a dozen kinds, for damaged files
@@ -328,7 +334,8 @@ def read_scface(root):
     probes = {"d1": ending("_1"), "d2": ending("_2"), "d3": ending("_3")}
     probes = {part: indices for part, indices in probes.items() if len(indices)}
     name = f"SCface, {len(gallery)} subjects"
-    return Benchmark(name, list(found.values()), None, identity, gallery, probes)
+    sources = list(found.values())
+    return Benchmark(name, sources, identity=identity, gallery=gallery, probes=probes)
 
 
 def read_tinyface(root):
@@ -352,10 +359,11 @@ def read_tinyface(root):
     gallery = np.arange(len(probes), len(identity))
     name = f"TinyFace, {len(distractors)} distractors"
     sources = probes + mates + distractors
-    return Benchmark(name, sources, None, identity, gallery, {"": np.arange(len(probes))})
+    probes = {"": np.arange(len(probes))}
+    return Benchmark(name, sources, identity=identity, gallery=gallery, probes=probes)
 
 
-# Option of the command line -> its reader, and what it reads.
+# Option of the command line, without hyphens -> its reader, and what it reads.
 BENCHMARKS = {
     "lfw": (read_lfw, "folder with pairs.txt and Name/Name_0001.jpg, aligned"),
     "xqlfw": (read_xqlfw, "folder with xqlfw_pairs.txt and Name/Name_0001.jpg"),
@@ -573,7 +581,7 @@ def cell(key, value):
 
 def table(rows):
     """The rows of one benchmark as a text with a heading."""
-    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]  # without the lone group's name
+    keys = [key for key in COLUMNS if rows[0].get(key, "") != ""]  # not what is absent or empty
     cells = [[COLUMNS[key] for key in keys]]
     for row in rows:
         cells.append([cell(key, row[key]) for key in keys])

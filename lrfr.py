@@ -4,7 +4,7 @@
 The method of "Dive into the Resolution Augmentations and Metrics in Low Resolution Face
 Recognition: A Plain yet Effective New Baseline" (arXiv 2302.05621) in one file that needs only
 torch. It is written in the order in which the data flows: image -> MAug -> backbone -> ArcFace
-head -> distance -> total loss. What loads and uses a trained backbone comes last. `python lrfr.py`
+head -> distance -> total loss. Then comes what loads and uses a trained backbone. `python lrfr.py`
 checks the analytic gradient of the LogExp loss.
 
     paper         here                        shape, range
@@ -196,9 +196,8 @@ class IResNet(nn.Module):
         x = self.bn2(x).flatten(1)
         # The last layer is in float32 under autocast, too, since half precision would round the
         # embedding.
-        buffer = (
-            self.features.running_mean
-        )  # torch.fx cannot ask x for its device, nor a quantised fc
+        # Device and dtype are a buffer's: torch.fx cannot ask x for them, nor a quantised fc.
+        buffer = self.features.running_mean
         with torch.autocast(buffer.device.type, enabled=False):
             return self.features(self.fc(x.to(buffer.dtype)))
 
@@ -318,8 +317,9 @@ class LRFR(nn.Module):
     maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y), whatever
     the distance is.
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. 300 suits LogExp(1) with D = 512. At a cosine of 0.5, 720 of LogExp(2), 16 of L1
-    and 180 of L2 have a gradient of the same norm. (All grow with D, that of L1 with its root.)
+    weight: lambda. With D = 512, 300 suits LogExp(1), and 1000 fine-tuning. At a cosine of 0.5, 720
+    of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm as 300. (All grow with D,
+    that of L1 with its root.)
     pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     """
@@ -344,8 +344,8 @@ class LRFR(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
 
-        Returns the total loss and its parts, detached: "sharp", "degraded" and "distance", of which
-        the last is without its weight.
+        Returns the total loss and those parts that there are, detached: "sharp", "degraded",
+        "distance" (without its weight).
         """
         sharp = random_flip(images)
         if self.maug is None:

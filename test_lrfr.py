@@ -703,9 +703,8 @@ def write_insightface(files, labels, first=1):
     end, classes = first + len(files), sorted(set(labels))
     payloads = [record([end, end + len(classes)])]
     for file, label in zip(files, labels):
-        payloads.append(
-            record([label, 1] if label % 2 else [label], file)
-        )  # such files have both forms
+        labels_of_one = [label, 1] if label % 2 else [label]  # such files have both forms
+        payloads.append(record(labels_of_one, file))
     for label in classes:
         begin = first + labels.index(label)
         payloads.append(record([begin, begin + labels.count(label)]))

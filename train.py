@@ -77,7 +77,7 @@ class Faces(Dataset):
     """
 
     def __init__(self, sources, labels, classes):
-        self.sources = sources  # paths, or the bytes of image files
+        self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
 
@@ -188,8 +188,8 @@ def find_images(file, keys, offsets):
 class RecordFaces(Faces):
     """Faces of `root`/train.rec and train.idx, as InsightFace or im2rec writes them.
 
-    What counts is the label in an image's own record, not the ranges of keys in the records of
-    identities. Labels are renumbered from 0.
+    `sources` are byte offsets. What counts is the label in an image's own record, not the ranges
+    of keys in the records of identities. Labels are renumbered from 0.
     """
 
     def __init__(self, root):
@@ -307,7 +307,7 @@ def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
     holdout = args.holdout
-    if holdout is None:  # up to 5 %, an even number; of few identities none
+    if holdout is None:  # up to 5 %; of few identities none
         holdout = min(100, identities // 40 * 2)
     if holdout > max(0, identities - 2):
         raise ValueError(f"--holdout {holdout}: of {identities} identities, two must be left")
@@ -349,7 +349,7 @@ def hold_out(name, sources, labels):
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
-    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # twice as many make ten folds
+    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # both kinds together fill ten folds
     if count == 0:
         warn_once(f"no table at the end: the {name} make fewer than five pairs of one kind")
         return []
@@ -410,7 +410,7 @@ DEMO = {
     "lr": 0.1,
 }
 
-# --loss -> the distance, and the default of its --weight.
+# --loss -> the distance, and the default of its --weight (chosen as LRFR's docstring says).
 DISTANCES = {
     "logexp": (logexp_loss, 300.0),
     "l1": (l1_loss, 16.0),
@@ -683,12 +683,13 @@ def train(args, model, faces, benchmarks, state):
 
             done = step + 1
             epoch_ends = done % per_epoch == 0
+            soon = done == begin + 5  # the first steps tell how long the run will take
             saves = epoch_ends or done % args.save_every == 0
-            if saves or done == begin + 5 or time.time() - shown > 10:
+            if saves or soon or time.time() - shown > 10:
                 losses = read_losses(loss, terms, done)
                 rate = (done - begin) * per_step / (time.time() - started)
                 left = timedelta(seconds=(steps - done) * per_step // rate)
-                if not described:  # soon, since it says how long the run will take
+                if not described:
                     report(args, describe(args, faces, left), {"args": vars(args)})
                     described = True
                 report_step(args, done, per_epoch, losses, lr, rate, left)

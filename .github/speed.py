@@ -77,7 +77,6 @@ def our_step(args, images, labels, watch):
 
 
 def plain_step(args, images, labels, watch):
-    """The plain step."""
     device = args.device
     backbone = lrfr.IResNet(args.depth, args.width).to(device)
     head = lrfr.ArcFace(CLASSES).to(device)
