@@ -849,6 +849,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(folder):
 
 
 def test_ctrl_c_ends_in_one_line_that_names_the_step(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = start("epoch 2/", data=folder, epochs=500, workers=2)
     os.killpg(process.pid, signal.SIGINT)  # to the workers as well, as in a terminal
     _, error = process.communicate(timeout=60)
