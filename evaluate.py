@@ -296,9 +296,7 @@ def read_bin(path):
     """
     with open(path, "rb") as file:
         try:
-            images, labels = BinUnpickler(
-                file, encoding="bytes"
-            ).load()  # so are Python 2's strings
+            images, labels = BinUnpickler(file, encoding="bytes").load()  # also of Python 2
             images = [bytes(image) for image in images]
             labels = list(labels)
         except Exception as error:  # of a dozen kinds, for damaged files

@@ -195,8 +195,8 @@ class IResNet(nn.Module):
         x = self.layer4(x)  # (N, 8 width, 7, 7)
         x = self.bn2(x).flatten(1)
         # The last layer is in float32 under autocast, too, since half precision would round the
-        # embedding.
-        # Device and dtype are a buffer's: torch.fx cannot ask x for them, nor a quantised fc.
+        # embedding. Device and dtype are a buffer's: torch.fx cannot ask x for them, nor a
+        # quantised fc.
         buffer = self.features.running_mean
         with torch.autocast(buffer.device.type, enabled=False):
             return self.features(self.fc(x.to(buffer.dtype)))

@@ -358,7 +358,8 @@ def hold_out(name, sources, labels):
     order = np.stack([genuine, impostor], 1).ravel()  # in turn, so that each fold has both kinds
     pairs = Pairs(first[order], second[order], same[order])
     chosen_sources = [sources[i] for i in chosen]
-    return [Benchmark(name, chosen_sources, pairs, identity, *split_gallery(identity))]
+    gallery, probes = split_gallery(identity)
+    return [Benchmark(name, chosen_sources, pairs, identity, gallery, probes)]
 
 
 def jitter(images, strength):

@@ -6,8 +6,8 @@ python .github/speed.py step 10 --width 16  the same for a small network
 python .github/speed.py decode FOLDER       reading training images, of identity/image.jpg
 
 The plain step is the same network in float32 and NCHW, with two forwards and torch's defaults,
-without flips, clipping and Nesterov's momentum.
-Both run in turn, each in a process of its own, since keep_memory changes a whole process.
+without flips, clipping and Nesterov's momentum. Both run in turn, each in a process of its own,
+since keep_memory changes a whole process.
 """
 
 import argparse
