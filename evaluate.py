@@ -620,6 +620,8 @@ def plot(folder, rows):
     for axes in (accuracy, roc, cmc):
         if axes.lines:
             axes.legend(fontsize="small")
+        else:  # such as the ROC of fewer than 1,000 impostor pairs
+            axes.set_title("not measured on this set")
     png = io.BytesIO()
     figure.savefig(png)
     file_name = re.sub(r"[^\w.]+", "-", rows[0]["set"]) + ".png"
