@@ -48,6 +48,80 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
     px >= H, an image stays as it is.
     Returns the same shape and dtype, in [-1, 1]. ValueError for pixels that are not floats, px < 2.
     """
+    return at_each_resolution(images, px, resize_down_and_up)
+
+
+def photograph(images: Tensor, px: int | Tensor) -> Tensor:
+    """Shows each image as a cheap camera does that has `px` rows of pixels for it.
+
+    This is ours, not the paper's. What happens, in this order; the strength of each step is drawn
+    for each image, evenly within its range, from torch's CPU generator:
+
+    lens           Gaussian blur, sigma 0.05 to 0.8 of the camera's pixels (BSRGAN: up to 0.7,
+                   Real-ESRGAN: up to 0.75)
+    sensor         a pixel is the average of the light on its area (Real-ESRGAN: "area")
+    exposure       0.7 to 1.3 times the light (GFPGAN: 0.5 to 1.5)
+    white balance  red and blue 0.9 to 1.1 times (Brooks et al.: gains within 12 % of the middle)
+    noise          of the light, 100 to 3,000 photons for white, evenly in the logarithm (BSRGAN:
+                   100 to 10,000); of the electronics, standard deviation 0 to 12 of 255 (BSRGAN: 2
+                   to 25, Real-ESRGAN: 1 to 30)
+    screen         whatever is brighter than white is white; enlarged bilinearly (GFPGAN)
+
+    images, px, what is returned and refused: as for degrade. Where px >= H, an image stays as it
+    is, without blur, light or noise.
+    BSRGAN: Zhang et al. 2021. Real-ESRGAN, GFPGAN: Wang et al. 2021. Brooks et al. 2019:
+    Unprocessing Images for Learned Raw Denoising.
+    """
+    return at_each_resolution(images, px, take_picture)
+
+
+def take_picture(scene, size):
+    """The steps of photograph, for a camera of size (h, w) pixels: (N, 3, H, W) -> the same."""
+    height, width = scene.shape[2:]
+    sigma = draw(scene, 0.05, 0.8) * height / size[0]  # in pixels of the scene
+    rows = lens_and_sensor(sigma, height, size[0])
+    columns = lens_and_sensor(sigma, width, size[1])
+    on_sensor = rows @ scene @ columns.mT  # (N, 3, h, w)
+    light = (on_sensor + 1).clamp(0, 2) / 2  # 0: black, 1: white
+    light = light * draw(scene, 0.7, 1.3)
+    red, blue = draw(scene, 0.9, 1.1), draw(scene, 0.9, 1.1)
+    light = light * torch.cat([red, torch.ones_like(red), blue], 1)
+    photons = 10 ** draw(scene, 2, 3.5)
+    electronics = draw(scene, 0, 12) / 255
+    noise = to_device_of(scene, torch.randn(light.shape, device="cpu"))
+    light = light + noise * (light / photons + electronics**2).sqrt()
+    return F.interpolate(2 * light.clamp(0, 1) - 1, (height, width), mode="bilinear")
+
+
+def lens_and_sensor(sigma, length, pixels):
+    """(N, 1, pixels, length): how much each pixel of the camera sees of each row of the scene."""
+    place = torch.arange(length, device=sigma.device)
+    distance = place - place[:, None]
+    blur = torch.exp(-((distance / sigma) ** 2) / 2)
+    blur = blur / blur.sum(-1, keepdim=True)  # a row holds the weights of what is around it
+    return F.interpolate(blur, (pixels, length), mode="area")
+
+
+def draw(images, low, high):
+    """A number from `low` to `high` for each of N images: (N, 1, 1, 1)."""
+    numbers = torch.rand(len(images), 1, 1, 1, device="cpu")
+    return low + (high - low) * to_device_of(images, numbers)
+
+
+def to_device_of(images, tensor):
+    """Sends a tensor from the CPU to where the images are; the CPU does not wait for a GPU."""
+    return tensor.to(images.device, non_blocking=images.is_cuda)
+
+
+def resize_down_and_up(images, size):
+    """Bicubic with antialiasing; the overshoot of the cubic is clipped, as in an 8-bit image."""
+    small = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    large = F.interpolate(small, images.shape[2:], mode="bicubic", antialias=True)
+    return large.clamp(-1, 1)
+
+
+def at_each_resolution(images, px, function):
+    """Calls function(those images, (height, width) in small pixels) for each resolution in px."""
     if not images.is_floating_point():
         raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
     n, _, height, width = images.shape
@@ -59,16 +133,11 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
         if r >= height:
             continue
         chosen = (px == r).nonzero().squeeze(1)  # with a mask, the CPU would wait for a GPU
-        chosen = chosen.to(images.device, non_blocking=images.is_cuda)
-        small_size = (r, max(2, round(r * width / height)))
-        small = resize(images[chosen].float(), small_size)
-        degraded[chosen] = resize(small, (height, width)).to(images.dtype)
+        chosen = to_device_of(images, chosen)
+        size = (r, max(2, round(r * width / height)))
+        with torch.autocast(images.device.type, enabled=False):  # else products are rounded
+            degraded[chosen] = function(images[chosen].float(), size).to(images.dtype)
     return degraded
-
-
-def resize(images, size):
-    """Bicubic with antialiasing; the overshoot of the cubic is clipped, as in an 8-bit image."""
-    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def parse_ratio(text: str) -> tuple[float, ...]:
@@ -87,18 +156,32 @@ class MAug:
     the same on every device.
 
     resolutions: integers of 2 or more, in pixels. ratio: how often each of them is drawn, numbers
-    that are not negative, one for each resolution. ValueError for other values or lengths.
+    that are not negative, one for each resolution.
+    camera: the share of the images, 0 to 1, that `photograph` degrades, in place of `degrade`. 0 is
+    the paper's augmentation.
+    photograph: any function like the one above, of (images, px), for a camera of your own.
+    ValueError for other values or lengths.
     """
 
-    def __init__(self, resolutions: tuple = (7, 14, 20), ratio: tuple = (1, 1, 2)):
+    def __init__(
+        self,
+        resolutions: tuple = (7, 14, 20),
+        ratio: tuple = (1, 1, 2),
+        camera: float = 0.0,
+        photograph=photograph,
+    ):
         if len(resolutions) != len(ratio):
             raise ValueError(f"{len(resolutions)} resolutions, but a ratio of {len(ratio)} numbers")
         if not (min(ratio) >= 0 and 0 < sum(ratio) < math.inf):
             raise ValueError(f"a ratio needs finite numbers >= 0, not all of them 0, got {ratio}")
-        if min(resolutions) < 2:
-            raise ValueError(f"a resolution must be 2 pixels or more, got {min(resolutions)}")
+        if min(resolutions) < 2 or any(px != int(px) for px in resolutions):
+            raise ValueError(f"resolutions must be integers of 2 or more, got {resolutions}")
+        if not 0 <= camera <= 1:
+            raise ValueError(f"camera is a share, from 0 to 1, got {camera}")
         self.resolutions = torch.tensor(resolutions, dtype=torch.int64, device="cpu")
         self.ratio = torch.tensor(ratio, dtype=torch.float64, device="cpu")
+        self.camera = camera
+        self.photograph = photograph
 
     def sample(self, n: int) -> Tensor:
         """Draws resolutions for n images: (n,) int64, on the CPU."""
@@ -106,7 +189,13 @@ class MAug:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> the same shape, degraded."""
-        return degrade(images, self.sample(len(images)))
+        px = self.sample(len(images))
+        degraded = degrade(images, px)
+        if self.camera > 0:
+            chosen = (torch.rand(len(px), device="cpu") < self.camera).nonzero().squeeze(1)
+            places = to_device_of(images, chosen)
+            degraded[places] = self.photograph(images[places], px[chosen])
+        return degraded
 
 
 # ---- 2. Backbone: the IResNet of InsightFace -----------------------------------------------------
@@ -303,8 +392,7 @@ def l2_loss(x: Tensor, y: Tensor) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Mirrors each image of (N, 3, H, W) with a probability of one half."""
-    mirror = torch.rand(len(images), device="cpu") < 0.5
-    mirror = mirror.to(images.device, non_blocking=images.is_cuda)
+    mirror = to_device_of(images, torch.rand(len(images), device="cpu") < 0.5)
     return torch.where(mirror[:, None, None, None], images.flip(3), images)
 
 
@@ -314,14 +402,14 @@ class LRFR(nn.Module):
     L = 1/2 [CE(head(f_hr), y) + CE(head(f_lr), y)] + weight * distance(u_hr, u_lr), u = f / |f|
 
     backbone: images -> (N, D). head: (embeddings, labels) -> logits.
-    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y), whatever
-    the distance is.
+    maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
     weight: lambda. With D = 512, 300 suits LogExp(1), and 1000 fine-tuning. At a cosine of 0.5, 720
-    of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm as 300. (All grow with D,
-    that of L1 with its root.)
+    of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm as 300. For other D, let
+    the weight grow in proportion to D, that of L1 to the root of D.
     pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
     maug and the flips draw from torch's CPU generator: seed each process differently.
+    ValueError for a distance without maug.
     """
 
     def __init__(
@@ -334,6 +422,8 @@ class LRFR(nn.Module):
         pull_both: bool = False,
     ):
         super().__init__()
+        if maug is None and distance is not None:
+            raise ValueError("a distance needs degraded images: give maug, or no distance")
         self.backbone = backbone
         self.head = head
         self.maug = maug
@@ -344,8 +434,8 @@ class LRFR(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
 
-        Returns the total loss and those parts that there are, detached: "sharp", "degraded",
-        "distance" (without its weight).
+        Returns the total loss, a float32 scalar, and those parts that there are, detached: "sharp",
+        "degraded", "distance" (without its weight).
         """
         sharp = random_flip(images)
         if self.maug is None:
@@ -353,7 +443,7 @@ class LRFR(nn.Module):
             return loss, {"sharp": loss.detach()}
         degraded = random_flip(self.maug(images))  # flipped independently, as in the official code
         # One forward of both, so that batch norm learns from the mixture that it will meet in use.
-        # (The official code takes two, which cost 2 points of rank-1 in one run here.)
+        # (The official code takes two forwards: see "two forwards" in .github/RESULTS.md.)
         embeddings = self.backbone(torch.cat([sharp, degraded]))  # (2N, D)
         logits = self.head(embeddings, labels.repeat(2))
         sharp_logits, degraded_logits = logits.chunk(2)
@@ -367,8 +457,8 @@ class LRFR(nn.Module):
             # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
             u_hr, u_lr = F.normalize(embeddings.float()).chunk(2)  # (N, D) each
             if not self.pull_both:
-                u_hr = u_hr.detach()  # a fixed target; moving it as well cost rank-1 here
-            distance = self.distance(u_hr, u_lr)
+                u_hr = u_hr.detach()  # a fixed target, which cost no rank-1 in RESULTS.md
+            distance = self.distance(u_hr, u_lr).float()
             loss = loss + self.weight * distance
             parts["distance"] = distance.detach()
         return loss, parts
@@ -388,7 +478,9 @@ def load_backbone(path: str) -> IResNet:
     state = read_state_dict(path)
     others = ("features.module.", "features.layer1.", "input_layer.")  # MagFace twice, AdaFace
     if any(other in name for name in state for other in others):
-        raise ValueError(f"{path}: MagFace's or AdaFace's network, not InsightFace's IResNet")
+        raise ValueError(
+            f"{path}: may be MagFace's or AdaFace's network, not InsightFace's IResNet"
+        )
     first_block = "layer1.0.bn1.weight"
     prefixes = [name.removesuffix(first_block) for name in state if name.endswith(first_block)]
     if len(prefixes) > 1:
@@ -417,11 +509,8 @@ def read_state_dict(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except Exception:  # of many kinds, for a file that is damaged or no checkpoint
-        raise ValueError(
-            f"{path}: damaged, or it holds more than tensors: save model.state_dict() alone; "
-            "convert ONNX and safetensors"
-        ) from None
+    except Exception as error:  # of many kinds, for a file that is damaged or no checkpoint
+        raise ValueError(f"{path}: {what_is_wrong(path, error)}") from None
     for key in ("model", "model_state_dict", "state_dict", "state_dict_backbone", "backbone"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -431,6 +520,25 @@ def read_state_dict(path):
     if not tensors:
         raise ValueError(f"{path}: no tensors, but {list(state)[:5]}: save the state dict alone")
     return tensors
+
+
+def what_is_wrong(path, error):
+    """Why torch.load has failed, by the first bytes of the file."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: git lfs pull brings it"
+    if start.lstrip().startswith(b"<"):
+        return "a web page saved in the place of the file: download it again"
+    if start.startswith(b"\x08"):
+        return "damaged, or an ONNX file: .github/from_onnx.py makes weights of it"
+    if start[8:10] == b'{"':
+        return (
+            "safetensors: load it with safetensors.torch, and save the state dict with torch.save"
+        )
+    if "TorchScript" in str(error):
+        return "TorchScript: load it with torch.jit.load, and save its state_dict() with torch.save"
+    return "damaged, or it holds more than tensors: save model.state_dict() alone"
 
 
 def numpy_scalars():

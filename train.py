@@ -8,6 +8,7 @@ faces and their degraded versions.
 
 import argparse
 import functools
+import hashlib
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import struct
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,47 +29,444 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 
-from evaluate import (
-    RESOLUTIONS,
-    SIZE,
-    Benchmark,
-    Pairs,
-    add_device_options,
-    autocast,
-    evaluate,
-    images_below,
-    is_hidden,
-    keep_memory,
-    number,
-    precision,
-    read_bin,
-    read_image,
-    run,
-    split_gallery,
-    table,
-    warn_once,
-    write_file,
-)
-from lrfr import (
-    DEPTHS,
-    LRFR,
-    ArcFace,
-    IResNet,
-    MAug,
-    degrade,
-    l1_loss,
-    l2_loss,
-    load_backbone,
-    logexp_loss,
-    parse_ratio,
-    to_input,
-)
+import evaluate
+import lrfr
+from evaluate import SIZE, UserError, warn_once
 
-UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
+TORCHRUN_SETS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+UNDER_TORCHRUN = all(name in os.environ for name in TORCHRUN_SETS)
 RANKS = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1  # how many processes it has started
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # which of them this one is
 
-# ---- 1. Data -------------------------------------------------------------------------------------
+# ---- 1. Options ----------------------------------------------------------------------------------
+
+# The demo's defaults.
+DEMO = {
+    "backbone": "r10",
+    "width": 16,
+    "scale": 32.0,
+    "margin": 0.3,
+    "epochs": 3,
+    "batch_size": 64,
+    "lr": 0.1,
+}
+
+# --loss -> the distance.
+DISTANCES = {"logexp": lrfr.logexp_loss, "l1": lrfr.l1_loss, "l2": lrfr.l2_loss, "none": None}
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.epilog = "The demo has other defaults:"
+    for name, value in DEMO.items():
+        parser.epilog += f" --{name.replace('_', '-')} {value}"
+
+    def add(name, default, text, kind=None, **options):
+        parser.add_argument(name, default=default, help=text, type=kind, **options)
+
+    number = evaluate.number
+    add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
+    add("--maug", "1:1:2", "ratio of the resolutions; none: no degraded faces")
+    text = "resolutions of MAug, in pixels"
+    add("--resolutions", [7, 14, 20], text, number(int, 2, SIZE), nargs="+")
+    text = "share of the degraded faces that a simulated camera degrades, not bicubic resizing"
+    add("--camera", 0.0, text, number(float, 0, 1))
+    add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
+    add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
+    text = "lambda; None: as strong as 300 of LogExp(1) in 512 dimensions"
+    add("--weight", None, text, number(float, 0))
+    add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
+    depths = [f"r{depth}" for depth in lrfr.DEPTHS]
+    add("--backbone", "r50", "depth of the IResNet", choices=depths)
+    add("--width", 64, "channels of its first layer", number(int, 1, 999))
+    add("--scale", 64.0, "s of ArcFace", number(float, 0))
+    add("--margin", 0.5, "m of ArcFace, in radians", number(float, 0, 1.5))
+    add("--epochs", 20, "passes over the data", number(int, 1))
+    add("--batch-size", 128, "faces in a step of one process", number(int, 2))
+    add("--lr", 0.02, "highest learning rate", number(float, 0))
+    text = "random affine, brightness and contrast, against overfitting on small sets"
+    add("--jitter", 0.0, text, number(float, 0, 3))
+    text = "checkpoint or InsightFace weights for the backbone, whatever --backbone and --width say"
+    add("--init", None, text, metavar="FILE")
+    text = "last identities of an image folder, for a table; None: up to 5 %%, at most 100"
+    add("--holdout", None, text, number(int, 0))
+    add("--out", None, "folder of the run; None: under runs/, named after the options")
+    add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
+    add("--seed", 0, "random seed", number(int, 0, 2**40))
+    evaluate.add_device_options(parser)
+    args = parser.parse_args(argv)
+    if args.data == "demo":  # once more, with its defaults
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+    if args.maug == "none" and (args.loss != "none" or args.camera > 0):
+        parser.error("--maug none leaves no degraded faces: add --loss none, without --camera")
+    if args.p != 1 and args.loss != "logexp":
+        parser.error("--p is the exponent of --loss logexp")
+    try:
+        make_maug(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.out is None:
+        data = os.path.basename(os.path.realpath(args.data))
+        ratio = args.maug.replace(":", "_")
+        args.out = f"runs/{data}-{args.backbone}-{ratio}-{args.loss}"
+        for name in ("p", "weight", "camera", "lr"):
+            value = getattr(args, name)
+            if value != parser.get_default(name):
+                args.out += f"-{name}{value:g}"
+        args.out += f"-seed{args.seed}"
+    return args
+
+
+def make_maug(args):
+    if args.maug == "none":
+        return None
+    return lrfr.MAug(args.resolutions, lrfr.parse_ratio(args.maug), args.camera)
+
+
+def learning_rate(step, steps, peak):
+    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
+    rise = (step + 1) / math.ceil(steps / 20)
+    fall = (steps - step) / (steps - steps // 20)
+    return peak * min(rise, fall)
+
+
+# ---- 2. Training ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run consists of, and how far it is."""
+
+    args: argparse.Namespace
+    faces: Dataset
+    benchmarks: list
+    model: lrfr.LRFR
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # at work in float16 only
+    step: int = 0  # steps done
+    evaluated: bool = True  # whether no table is due for this step
+
+
+def train(run):
+    """Trains from run.step on to the end."""
+    args, model, optimiser, scaler = run.args, run.model, run.optimiser, run.scaler
+    network = model
+    if RANKS > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Batch norm's statistics stay each process's own. (As an argument, torch 2.14 warns of it.)
+        network.broadcast_buffers = False
+    per_step = args.batch_size * RANKS
+    per_epoch = len(run.faces) // per_step
+    steps = per_epoch * args.epochs
+    order = batches(len(run.faces), args.batch_size, args.seed, range(run.step, steps))
+    on_gpu = args.device.type == "cuda"
+    loader = DataLoader(run.faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
+    if not run.evaluated:  # the run was interrupted between its last checkpoint and that table
+        run_benchmarks(run)
+    begin, started = run.step, time.monotonic()
+    reported = started
+    for images, labels in loader:
+        # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
+        torch.manual_seed(args.seed * 1_000_003 + run.step + RANK * 7_919_000_003)
+        optimiser.param_groups[0]["lr"] = learning_rate(run.step, steps, args.lr)
+        images = images.to(args.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
+        labels = labels.to(args.device, non_blocking=on_gpu)
+        images = jitter(lrfr.to_input(images, args.device), args.jitter)
+        with evaluate.autocast(args.device, args.amp):  # head and losses leave it again
+            loss, parts = network(images, labels)  # degrades, embeds, classifies: LRFR.forward
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+        run.step += 1
+
+        epoch_ends = run.step % per_epoch == 0
+        saves = epoch_ends or run.step % args.save_every == 0
+        now = time.monotonic()
+        # The first five steps tell how long the run will take.
+        if saves or run.step == begin + 5 or now - reported > 10:
+            reported = now
+            seconds = (now - started) / (run.step - begin)
+            left = timedelta(seconds=int((steps - run.step) * seconds))
+            entry = {"step": run.step, **read_losses(loss, parts, run.step)}
+            text = f"epoch {math.ceil(run.step / per_epoch)}/{args.epochs}"
+            text += f"  step {run.step:,}/{steps:,}"
+            text += "".join(f"  {name} {entry[name]:.3g}" for name in ("loss", *parts))
+            text += f"  {per_step / max(seconds, 1e-9):.0f} faces/s  {left} left"
+            entry |= {"lr": optimiser.param_groups[0]["lr"], "seconds_per_step": seconds}
+            report(args, text, entry)
+        if saves:
+            last_of_epoch = epoch_ends and run.faces.evaluated_each_epoch
+            run.evaluated = not (last_of_epoch or run.step == steps)
+            save_last(run)
+        if not run.evaluated:
+            run_benchmarks(run)
+
+
+def read_losses(loss, parts, step):
+    """The loss and its parts as numbers, for which the CPU waits for a GPU."""
+    losses = {"loss": loss.item()}
+    for name, value in parts.items():
+        losses[name] = value.item()
+    if not math.isfinite(losses["loss"]):
+        raise UserError(
+            f"the loss is {losses['loss']} at step {step}: lower --lr, and give another --out"
+        )
+    return losses
+
+
+def report(args, text, entry):
+    """Prints a line for the reader, and adds one of JSON to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry, default=str) + "\n")
+
+
+def run_benchmarks(run):
+    """Evaluates the backbone, in the first process, and notes it in the checkpoint."""
+    args, backbone = run.args, run.model.backbone
+    settings = evaluate.Settings(args.device, args.amp, args.workers)
+    mode = backbone.training
+    backbone.eval()
+    for benchmark in run.benchmarks:
+        try:
+            rows = evaluate.evaluate(
+                {args.out: backbone}, benchmark, evaluate.RESOLUTIONS, settings
+            )
+        except UserError as error:
+            warn_once(f"not evaluated: {error}")
+            continue
+        report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
+    backbone.train(mode)
+    run.evaluated = True
+    if run.benchmarks:
+        save_last(run)
+
+
+# ---- 3. Beginning and going on -------------------------------------------------------------------
+
+
+def join_processes():
+    """Joins the processes that torchrun has started, if there are several."""
+    sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    launched = max(int(os.environ.get(name) or 1) for name in sizes)
+    if launched > 1 and not UNDER_TORCHRUN:
+        missing = ", ".join(sorted(TORCHRUN_SETS - set(os.environ)))
+        raise UserError(
+            f"one of {launched} processes, without {missing}: they would train side by side, not "
+            "together: start with torchrun, as the README shows"
+        )
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # The others wait while the first one evaluates.
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))
+
+
+def prepare(argv):
+    """Makes a Run of the options. What cannot work is refused here, the cheap checks first."""
+    args = parse_arguments(argv)
+    check_folders(args)
+    use_device(args)
+    args.processes = RANKS
+    state = read_last(args)
+    torch.manual_seed(args.seed)
+    backbone = make_backbone(args, state)
+    faces, benchmarks = open_data(args)
+    args.images, args.classes, args.fingerprint = len(faces), faces.classes, faces.fingerprint
+    embed_dim = backbone.fc.out_features
+    distance = DISTANCES[args.loss]
+    if args.loss == "logexp":
+        distance = functools.partial(distance, p=args.p)
+    if args.weight is None and distance is not None:
+        args.weight = default_weight(distance, embed_dim)
+    head = lrfr.ArcFace(args.classes, embed_dim, args.scale, args.margin)
+    model = lrfr.LRFR(backbone, head, make_maug(args), distance, args.weight, args.pull == "both")
+    model = model.train().to(args.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        fused=args.device.type == "cuda",
+    )
+    fp16 = evaluate.precision(args.device, args.amp) == torch.float16
+    scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
+    run = Run(args, faces, benchmarks, model, optimiser, scaler)
+    if state is not None:
+        check_agreement(args, state)
+        restore(run, state)
+    return run
+
+
+def check_folders(args):
+    """Checks --data and --out."""
+    if args.data != "demo":
+        if not os.path.isdir(args.data):
+            raise UserError(
+                f"--data {args.data}: no such folder, of identity/image.jpg or train.rec; MS1M: "
+                "github.com/deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo"
+            )
+        args.data = os.path.realpath(args.data)
+        if Path(os.path.realpath(args.out)).is_relative_to(args.data):
+            raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
+    os.makedirs(args.out, exist_ok=True)
+
+
+def use_device(args):
+    if args.device.type == "cpu":
+        evaluate.keep_memory()
+        return
+    if RANKS > 1:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"more processes than GPUs: give torchrun --nproc_per_node={gpus}")
+        args.device = torch.device("cuda", local_rank)
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+
+
+def make_backbone(args, state):
+    """The backbone of a checkpoint's depth and width, of --init, or a new one."""
+    if state is not None:
+        backbone = evaluate.load_backbone(os.path.join(args.out, "last.pt"))
+    elif args.init is not None:
+        backbone = evaluate.load_backbone(args.init)
+    else:
+        backbone = lrfr.IResNet(int(args.backbone[1:]), args.width)
+    if args.device.type == "cpu" and backbone.conv1.out_channels < 16:
+        raise UserError(
+            f"a backbone of width {backbone.conv1.out_channels} cannot train on a CPU: below 16 "
+            "channels, oneDNN's channels-last convolutions write outside of their memory (oneDNN "
+            "issue 6035): give --width 16 or more"
+        )
+    return backbone
+
+
+def default_weight(distance, embed_dim):
+    """The weight with which a distance pulls as strongly as 300 of LogExp(1) in 512 dimensions.
+
+    As strongly: with a gradient of the same norm, for unit embeddings at a cosine of one half.
+    """
+
+    def gradient_norm(distance, embed_dim):
+        generator = torch.Generator().manual_seed(0)
+        x, other = torch.randn(2, 64, embed_dim, dtype=torch.float64, generator=generator)
+        x = F.normalize(x)
+        across = F.normalize(other - (other * x).sum(1, keepdim=True) * x)
+        y = (x + math.sqrt(3) * across) / 2
+        (gradient,) = torch.autograd.grad(distance(x.requires_grad_(), y), x)
+        return gradient.norm().item()
+
+    weight = 300 * gradient_norm(lrfr.logexp_loss, 512) / gradient_norm(distance, embed_dim)
+    return float(f"{weight:.2g}")
+
+
+def read_last(args):
+    """The checkpoint in the run's folder, None if there is none."""
+    path = os.path.join(args.out, "last.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        dict(state["args"])
+    except PermissionError:
+        raise
+    except Exception:  # of a dozen kinds, for a damaged file
+        raise UserError(f"{path} is damaged: move it away, or give another --out") from None
+    return state
+
+
+def check_agreement(args, state):
+    """Refuses to go on with other options or data than those of the checkpoint."""
+    last = f"{args.out}/last.pt"
+    may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
+    old = state["args"]
+    if old.get("fingerprint", args.fingerprint) != args.fingerprint:
+        raise UserError(f"{last} was made with other images or labels than those of --data")
+    for key, new in vars(args).items():
+        if key in may_change or key not in old or (key == "init" and new is None):
+            continue
+        if old[key] != new:
+            raise UserError(
+                f"{last} was made with {key} {old[key]}, not {new}: give the same, or another --out"
+            )
+    steps = args.images // (args.batch_size * RANKS) * args.epochs
+    if state["step"] > steps:
+        raise UserError(f"{last} has done {state['step']} steps, --epochs makes {steps} only")
+
+
+def begin_together(run, problem):
+    """Ends every process if one of them has a problem, or if they do not begin with the same."""
+    mine = {"problem": problem}
+    if run is not None:
+        mine = {"problem": None, "fingerprint": run.args.fingerprint, "step": run.step}
+    everyone = [None] * RANKS
+    distributed.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        if other["problem"] is not None:
+            raise UserError(f"process {rank}: {other['problem']}")
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if other["fingerprint"] != first["fingerprint"]:
+            raise UserError(f"--data holds other images or labels for process {rank} than for 0")
+        if other["step"] != first["step"]:
+            raise UserError(
+                f"process 0 is at step {first['step']}, process {rank} at step {other['step']}: "
+                "--out must be a folder that all machines share, or be copied to each of them"
+            )
+
+
+def parts_of(run):
+    """What a checkpoint holds, beside numbers and options."""
+    return {
+        "backbone": run.model.backbone,
+        "head": run.model.head,
+        "optimiser": run.optimiser,
+        "scaler": run.scaler,
+    }
+
+
+def restore(run, state):
+    for name, part in parts_of(run).items():
+        if state[name]:  # the scaler has a state in float16 only
+            part.load_state_dict(state[name])
+    run.step = state["step"]
+    run.evaluated = state.get("evaluated", True)
+
+
+def save_last(run):
+    """Writes the run's checkpoint, in the first process."""
+    if RANK == 0:
+        state = {name: part.state_dict() for name, part in parts_of(run).items()}
+        state |= {"step": run.step, "evaluated": run.evaluated, "args": vars(run.args)}
+        with evaluate.new_file(os.path.join(run.args.out, "last.pt")) as file:
+            torch.save(state, file)
+
+
+def show_faces(args, faces):
+    """Draws faces.png: eight faces, each above its degraded versions."""
+    chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
+    sharp = lrfr.to_input(torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2), "cpu")
+    rows = [sharp]
+    for px in args.resolutions if args.maug != "none" else []:
+        if args.camera < 1:
+            rows.append(lrfr.degrade(sharp, px))
+        if args.camera > 0:
+            rows.append(lrfr.photograph(sharp, px))
+    with evaluate.new_file(os.path.join(args.out, "faces.png")) as file:
+        save_image((torch.cat(rows) + 1) / 2, file, "PNG", nrow=8, padding=0)
+
+
+# ---- 4. Data -------------------------------------------------------------------------------------
 
 
 class Faces(Dataset):
@@ -76,42 +475,66 @@ class Faces(Dataset):
     An image that cannot be read is named on stderr, and the next one is taken in its place.
     """
 
-    def __init__(self, sources, labels, classes):
+    evaluated_each_epoch = False
+
+    def __init__(self, sources, labels, classes, fingerprint):
         self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
+        self.fingerprint = fingerprint  # differs where images or labels do
 
     def __len__(self):
         return len(self.sources)
 
     def __getitem__(self, i):
-        try:
-            return self.load(i)
-        except ValueError as error:
-            warn_once(f"image {i} is skipped: {error}")
-            return self.load((i + 1) % len(self))
+        for place in range(i, i + 100):
+            place = place % len(self)
+            try:
+                return self.load(place)
+            except UserError as error:
+                last = f"image {place} is skipped: {error}"
+                warn_once(last)
+        raise UserError(f"a hundred images in a row cannot be read; {last}")
 
     def load(self, i):
-        return read_image(self.sources[i]), self.labels[i]
+        return read_face(self.sources[i]), self.labels[i]
+
+
+def read_face(source):
+    image = evaluate.open_image(source)
+    if image.size != (SIZE, SIZE):
+        warn_once(
+            "some images to train on are not 112 x 112: they are resized, and should be aligned"
+        )
+    return evaluate.to_pixels(image)
 
 
 def image_folder(root):
     """`root`/identity/image.jpg -> sorted paths, and labels; empty folders do not count."""
-    paths, labels, classes = [], [], 0
+    paths, labels, classes, others = [], [], 0, []
     for identity in sorted(os.listdir(root)):
         folder = os.path.join(root, identity)
-        if is_hidden(identity) or not os.path.isdir(folder):
+        if evaluate.is_hidden(identity):
             continue
-        images = images_below(folder)
+        if not os.path.isdir(folder):
+            others.append(identity)
+            continue
+        images = evaluate.images_below(folder)
         if any(os.path.dirname(image) != folder for image in images):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds folders of images: should --data be that folder? Else move them up"
             )
         if images:
             paths += images
             labels += [classes] * len(images)
             classes += 1
+    if others:
+        warn_once(f"{root}: {len(others)} files are in no identity's folder, such as {others[0]}")
     return paths, np.array(labels, int)
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 MAGIC = 0xCED7230A  # begins each record of an MXNet RecordIO file
@@ -121,9 +544,7 @@ def read_head(file):
     """The flag and the length of the record, or part of a record, that begins at the position."""
     magic, word = struct.unpack("<II", file.read(8).ljust(8, b"\0"))
     if magic != MAGIC:
-        raise ValueError(
-            f"{file.name}: no whole record before byte {file.tell()}: is it cut short?"
-        )
+        raise UserError(f"{file.name}: no whole record before byte {file.tell()}: is it cut short?")
     return word >> 29, word & (2**29 - 1)
 
 
@@ -156,62 +577,45 @@ def read_record(path, offset):
     return payload[24 + 4 * count :]
 
 
-def find_images(file, keys, offsets):
-    """Which records are images, as a slice, and the labels that occur.
-
-    keys, offsets: (n,), of all records. im2rec's file holds images alone. InsightFace's file:
-
-    key                 label                         image
-    0                   end                           none
-    1 to end - 1        that of the identity          a face
-    end and more        key of an identity's first    none
-    """
-    end_key, has_image = read_label(file, offsets[0])
-    if has_image:  # im2rec
-        return slice(0, len(keys)), {read_label(file, offset)[0] for offset in offsets}
-    end = int(np.searchsorted(keys, end_key))
-    # A label is a float32, which cannot hold each key above 2^24: it may be too low or too high.
-    while end < len(keys) and read_label(file, offsets[end])[1]:
-        end += 1
-    while end > 1 and not read_label(file, offsets[end - 1])[1]:
-        end -= 1
-    first_keys = [read_label(file, offset)[0] for offset in offsets[end:]]
-    if not first_keys:
-        raise ValueError("there are no records of identities: is train.idx cut short?")
-    if keys[-1] > 2**24:  # first_keys are not exact either: take it that the labels are 0 to n - 1
-        return slice(1, end), range(len(first_keys))
-    firsts = np.searchsorted(keys[:end], first_keys)
-    firsts = firsts[firsts < end]  # the last identities may have no image
-    return slice(1, end), {read_label(file, offset)[0] for offset in offsets[firsts]}
-
-
 class RecordFaces(Faces):
     """Faces of `root`/train.rec and train.idx, as InsightFace or im2rec writes them.
 
-    `sources` are byte offsets. What counts is the label in an image's own record, not the ranges
-    of keys in the records of identities. Labels are renumbered from 0.
+    `sources` are byte offsets. InsightFace's record 0 is no image; its label is the first key that
+    is none either, and the file `property` tells the number of identities. Without that file, the
+    labels are read from the records, and renumbered from 0.
     """
+
+    evaluated_each_epoch = True  # on the .bin sets beside it
 
     def __init__(self, root):
         self.path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
+        properties = Path(root, "property")
         try:
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
             keys, places = np.unique(keys, return_index=True)  # sorted
             offsets = offsets[places]
             with open(self.path, "rb", buffering=0) as file:
-                images, labels = find_images(file, keys, offsets)
-        except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{index}, or the train.rec beside it: {error}") from None
+                end, has_image = read_label(file, offsets[0])
+                if not has_image:
+                    offsets = offsets[(keys > keys[0]) & (keys < end)]
+                if properties.exists():
+                    classes = int(properties.read_text().partition(",")[0])
+                    labels = range(classes)
+                else:
+                    labels = {read_label(file, offset)[0] for offset in offsets}
+        except (OSError, ValueError, IndexError, UserError) as error:
+            raise UserError(f"{index}, or a file beside it: {error}") from None
         self.number_of = {label: i for i, label in enumerate(sorted(labels))}
-        super().__init__(offsets[images], None, len(self.number_of))
+        fingerprint = hash_of(Path(index).read_bytes())
+        super().__init__(offsets, None, len(self.number_of), fingerprint)
 
     def load(self, i):
         offset = int(self.sources[i])
         with open(self.path, "rb") as file:
             label, _ = read_label(file, offset)
         if label not in self.number_of:
-            raise ValueError(f"{self.path}: label {label:g} of image {i} is none of its identities")
-        return read_image(read_record(self.path, offset)), self.number_of[label]
+            raise UserError(f"{self.path}: label {label:g}, of {self.classes} identities")
+        return read_face(read_record(self.path, offset)), self.number_of[label]
 
 
 # The ellipses of a drawn face, from back to front: colour; x, y, half width, half height, in
@@ -266,11 +670,11 @@ def demo_faces(people, pictures, seed):
             file = io.BytesIO()
             draw_face(person, rng).save(file, "JPEG", quality=90)
             files.append(file.getvalue())
-    return Faces(files, np.arange(people).repeat(pictures), people)
+    return Faces(files, np.arange(people).repeat(pictures), people, "demo")
 
 
 def open_data(args):
-    """--data -> Faces to train on, benchmarks for each epoch, benchmarks for the end of the run."""
+    """--data -> faces to train on, and benchmarks for the first process."""
     if args.data == "demo":
         return open_demo(args)
     if os.path.exists(os.path.join(args.data, "train.rec")):
@@ -281,53 +685,55 @@ def open_data(args):
 def open_demo(args):
     people, pictures = 150, 16
     check_size(args, people * pictures, people)
+    benchmarks = []
     if RANK == 0:
         print("drawing faces", file=sys.stderr, flush=True)
-    strangers = demo_faces(40, 10, seed=2)
-    final = hold_out("people not seen in training", strangers.sources, strangers.labels)
-    return demo_faces(people, pictures, seed=1), [], final
+        strangers = demo_faces(40, 10, seed=2)
+        benchmarks = hold_out("people not seen in training", strangers.sources, strangers.labels)
+    return demo_faces(people, pictures, seed=1), benchmarks
 
 
 def open_records(args):
     if args.holdout:
-        raise ValueError("--holdout is for image folders; put .bin sets beside a train.rec")
+        raise UserError("--holdout is for image folders; put .bin sets beside a train.rec")
+    args.holdout = 0
     faces = RecordFaces(args.data)
     check_size(args, len(faces), faces.classes)
     benchmarks = []
-    for name in sorted(os.listdir(args.data)):
-        if name.endswith(".bin"):
-            try:
-                benchmarks.append(read_bin(os.path.join(args.data, name)))
-            except ValueError as error:
-                warn_once(f"passed over, though it ends in .bin: {error}")
-    return faces, benchmarks, []
+    for path in sorted(Path(args.data).glob("*.bin")) if RANK == 0 else []:
+        try:
+            benchmarks.append(evaluate.read_bin(path))
+        except UserError as error:
+            warn_once(f"passed over, though it ends in .bin: {error}")
+    return faces, benchmarks
 
 
 def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
-    holdout = args.holdout
-    if holdout is None:  # up to 5 %; of few identities none
-        holdout = min(100, identities // 40 * 2)
-    if holdout > max(0, identities - 2):
-        raise ValueError(f"--holdout {holdout}: of {identities} identities, two must be left")
-    classes = identities - holdout  # the last ones are held out
+    if args.holdout is None:  # up to 5 %; of few identities none
+        args.holdout = min(100, identities // 40 * 2)
+    if args.holdout > max(0, identities - 2):
+        raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
+    classes = identities - args.holdout  # the last ones are held out
     kept = int((labels < classes).sum())
     check_size(args, kept, classes)
-    final = []
-    if holdout > 0:
-        final = hold_out("held-out identities", paths[kept:], labels[kept:])
-    return Faces(paths[:kept], labels[:kept], classes), [], final
+    benchmarks = []
+    if args.holdout > 0 and RANK == 0:
+        benchmarks = hold_out("held-out identities", paths[kept:], labels[kept:])
+    lines = [f"{path[len(args.data) :]} {label}" for path, label in zip(paths[:kept], labels)]
+    fingerprint = hash_of("\n".join(lines).encode(errors="surrogateescape"))
+    return Faces(paths[:kept], labels[:kept], classes, fingerprint), benchmarks
 
 
 def check_size(args, images, classes):
     if classes < 2:
-        raise ValueError(
+        raise UserError(
             f"{args.data}: {images} images of {classes} identities to train on: two identities or "
             "more are needed, as identity/image.jpg or train.rec with train.idx"
         )
     if args.batch_size * RANKS > images:
-        raise ValueError(
+        raise UserError(
             f"--batch-size {args.batch_size}: {images} images are there, for {RANKS} processes: at "
             f"most {images // RANKS}"
         )
@@ -342,9 +748,9 @@ def hold_out(name, sources, labels):
     chosen = []
     for i in np.sort(rng.permutation(len(labels))[:4000]):
         try:
-            read_image(sources[i])
+            evaluate.open_image(sources[i])
             chosen.append(i)
-        except ValueError as error:
+        except UserError as error:
             print(f"left out of the {name}: {error}", file=sys.stderr)
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
@@ -356,10 +762,10 @@ def hold_out(name, sources, labels):
     genuine = rng.choice(np.flatnonzero(same), count, replace=False)
     impostor = rng.choice(np.flatnonzero(~same), count, replace=False)
     order = np.stack([genuine, impostor], 1).ravel()  # in turn, so that each fold has both kinds
-    pairs = Pairs(first[order], second[order], same[order])
+    pairs = evaluate.Pairs(first[order], second[order], same[order])
     chosen_sources = [sources[i] for i in chosen]
-    gallery, probes = split_gallery(identity)
-    return [Benchmark(name, chosen_sources, pairs, identity, gallery, probes)]
+    gallery, probes = evaluate.split_gallery(identity)
+    return [evaluate.Benchmark(name, chosen_sources, pairs, identity, gallery, probes)]
 
 
 def jitter(images, strength):
@@ -398,365 +804,38 @@ def batches(count, batch_size, seed, steps):
         yield order[i * per_step : (i + 1) * per_step][RANK::RANKS].tolist()
 
 
-# ---- 2. Options ----------------------------------------------------------------------------------
-
-# The demo's defaults.
-DEMO = {
-    "backbone": "r10",
-    "width": 16,
-    "scale": 32.0,
-    "margin": 0.3,
-    "epochs": 3,
-    "batch_size": 64,
-    "lr": 0.1,
-}
-
-# --loss -> the distance, and the default of its --weight (chosen as LRFR's docstring says).
-DISTANCES = {
-    "logexp": (logexp_loss, 300.0),
-    "l1": (l1_loss, 16.0),
-    "l2": (l2_loss, 180.0),
-    "none": (None, 0.0),
-}
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.epilog = "The demo has other defaults:"
-    for name, value in DEMO.items():
-        parser.epilog += f" --{name.replace('_', '-')} {value}"
-
-    def add(name, default, text, kind=None, **options):
-        if default is not None:
-            text += f" (default: {default})"
-        parser.add_argument(name, default=default, help=text, type=kind, **options)
-
-    px = number(int, 2, SIZE)
-    add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
-    add("--maug", "1:1:2", "ratio of the resolutions, or none")
-    add("--resolutions", None, "of MAug, in pixels (default: 7 14 20)", px, nargs="+")
-    add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
-    add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
-    text = "lambda (default: logexp 300, l1 16, l2 180; give 720 with --p 2)"
-    add("--weight", None, text, number(float, 0))
-    add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
-    add("--backbone", "r50", "depth of the IResNet", choices=[f"r{depth}" for depth in DEPTHS])
-    add("--width", 64, "channels of its first layer", number(int, 1, 999))
-    add("--scale", 64.0, "s of ArcFace", number(float, 0))
-    add("--margin", 0.5, "m of ArcFace, in radians", number(float, 0, 1.5))
-    add("--epochs", 20, "passes over the data", number(int, 1))
-    add("--batch-size", 128, "faces in a step of one process", number(int, 2))
-    add("--lr", 0.02, "highest learning rate", number(float, 0))
-    text = "random affine, brightness and contrast, against overfitting on small sets"
-    add("--jitter", 0.0, text, number(float, 0, 3))
-    text = "checkpoint or InsightFace weights for the backbone, whatever --backbone and --width say"
-    add("--init", None, text, metavar="FILE")
-    text = "last identities of an image folder, for a table (default: up to 5 %%, at most 100)"
-    add("--holdout", None, text, number(int, 0))
-    text = "folder of the run (default: runs/DATA-BACKBONE-RATIO-LOSS-SEED)"
-    add("--out", None, text)
-    add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
-    workers = min(4, os.cpu_count() or 1)
-    add("--workers", workers, "processes that decode images", number(int, 0, 256))
-    add("--seed", 0, "random seed", number(int, 0, 2**40))
-    add_device_options(parser)
-    args = parser.parse_args(argv)
-    if args.data == "demo":  # once more, with its defaults
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
-    if args.maug == "none" and args.loss != "none":
-        parser.error("--maug none leaves no degraded faces to compare with: add --loss none")
-    if args.p != 1 and args.loss != "logexp":
-        parser.error("--p is the exponent of --loss logexp")
-    args.resolutions = args.resolutions or [7, 14, 20]
-    if args.weight is None:
-        _, args.weight = DISTANCES[args.loss]
-    if args.out is None:
-        data = os.path.basename(os.path.realpath(args.data))
-        ratio = args.maug.replace(":", "_")
-        args.out = f"runs/{data}-{args.backbone}-{ratio}-{args.loss}-seed{args.seed}"
-    return args
-
-
-def check_folders(args):
-    """Checks --data and --out, and gives --data one name, however it was spelled."""
-    if args.data != "demo":
-        if not os.path.isdir(args.data):
-            raise ValueError(
-                f"--data {args.data}: no such folder, of identity/image.jpg or train.rec; MS1M: "
-                "github.com/deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo"
-            )
-        args.data = os.path.realpath(args.data)
-        if Path(os.path.realpath(args.out)).is_relative_to(args.data):
-            raise ValueError(f"--out {args.out} lies in --data: its pictures would be trained on")
-    os.makedirs(args.out, exist_ok=True)
-
-
-def learning_rate(step, steps, peak):
-    """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    rise = (step + 1) / math.ceil(steps / 20)
-    fall = (steps - step) / (steps - steps // 20)
-    return peak * min(rise, fall)
-
-
-# ---- 3. Training ---------------------------------------------------------------------------------
-
-
-def setup(args):
-    """Gets the device and the processes ready, and refuses what cannot work."""
-    keep_memory()
-    args.processes = RANKS
-    if RANKS > 1:
-        backend = "gloo"
-        if args.device.type == "cuda":
-            backend = "cpu:gloo,cuda:nccl"
-            local_rank = int(os.environ["LOCAL_RANK"])
-            gpus = torch.cuda.device_count()
-            if local_rank >= gpus:
-                raise ValueError(f"more processes than GPUs: give torchrun --nproc_per_node={gpus}")
-            args.device = torch.device("cuda", local_rank)
-        # The others wait while rank 0 evaluates.
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))
-    if args.device.type == "cuda":
-        if args.device.index is not None:
-            torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
-        torch.backends.cudnn.benchmark = True  # the shapes never change
-
-
-def read_last(args):
-    """The checkpoint in the run's folder, None if there is none; it must agree with the options."""
-    path = os.path.join(args.out, "last.pt")
-    if not os.path.exists(path):
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        old = dict(state["args"])
-    except PermissionError:
-        raise
-    except Exception:  # of a dozen kinds, for a damaged file
-        raise ValueError(f"{path} is damaged: move it away, or give another --out") from None
-    check_agreement(args, old)
-    return state
-
-
-def check_agreement(args, old):
-    """Refuses to go on with other options than those of the checkpoint."""
-    may_change = {"epochs", "out", "workers", "device", "amp", "save_every"}
-    for key, new in vars(args).items():
-        if key not in may_change and old.get(key) != new:
-            raise ValueError(
-                f"{args.out}/last.pt was made with {key} {old.get(key)}, not {new}: give the same, "
-                "or another --out"
-            )
-
-
-def make_backbone(args):
-    if args.init is not None:
-        backbone = load_backbone(args.init)
-    else:
-        backbone = IResNet(int(args.backbone[1:]), args.width)
-    if args.device.type == "cpu" and backbone.conv1.out_channels < 16:
-        raise ValueError(
-            f"a backbone of width {backbone.conv1.out_channels} cannot train on a CPU: below 16 "
-            "channels, oneDNN's channels-last convolutions write outside of their memory (oneDNN "
-            "issue 6035): give --width 16 or more"
-        )
-    return backbone
-
-
-def make_maug(args):
-    if args.maug == "none":
-        return None
-    return MAug(args.resolutions, parse_ratio(args.maug))
-
-
-def make_distance(args):
-    distance, _ = DISTANCES[args.loss]
-    if args.loss == "logexp":
-        distance = functools.partial(logexp_loss, p=args.p)
-    return distance
-
-
-def describe(args, faces, left):
-    """The first line of a run."""
-    return (
-        f"{len(faces):,} images of {faces.classes:,} identities, {args.batch_size * RANKS} in a "
-        f"step: about {left} on this machine; run: {args.out}"
-    )
-
-
-def report(args, text, entry):
-    """Prints a line for the reader, and adds one of JSON to the log."""
-    if RANK == 0:
-        print(text, flush=True)
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(entry, default=str) + "\n")
-
-
-def report_step(args, step, per_epoch, losses, lr, rate, left):
-    """A line of progress."""
-    epoch, steps = math.ceil(step / per_epoch), args.epochs * per_epoch
-    text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
-    report(
-        args,
-        f"epoch {epoch}/{args.epochs}  step {step:,}/{steps:,}  {text}  {rate:.0f} faces/s  "
-        f"{left} left",
-        {"step": step, **losses, "lr": lr, "faces_per_s": rate},
-    )
-
-
-def run_benchmarks(args, backbone, benchmarks, step):
-    """Evaluates the backbone, in the first process; an unreadable benchmark is passed over."""
-    if RANK > 0:
-        return
-    backbone.eval()
-    for benchmark in benchmarks:
-        try:
-            rows = evaluate({args.out: backbone}, benchmark, RESOLUTIONS, args.device, args.amp)
-        except ValueError as error:
-            warn_once(f"not evaluated: {error}")
-            continue
-        report(args, table(rows), {"step": step, "evaluation": rows})
-    backbone.train()
-
-
-def show_faces(args, faces):
-    """Draws faces.png: eight faces, each above its degraded versions."""
-    chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
-    sharp = to_input(torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2), "cpu")
-    rows = [sharp] + [degrade(sharp, px) for px in args.resolutions]
-    png = io.BytesIO()
-    save_image((torch.cat(rows) + 1) / 2, png, "PNG", nrow=8, padding=0)
-    write_file(os.path.join(args.out, "faces.png"), png.getvalue())
-
-
-def train(args, model, faces, benchmarks, state):
-    """Trains from a checkpoint's state on, or from the beginning if it is None."""
-    on_gpu = args.device.type == "cuda"
-    optimiser = torch.optim.SGD(
-        model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4, fused=on_gpu
-    )
-    fp16 = precision(args.device, args.amp) == torch.float16
-    scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
-    kept = {
-        "backbone": model.backbone,
-        "head": model.head,
-        "optimiser": optimiser,
-        "scaler": scaler,
-    }
-    begin = restore(kept, state)
-    saved = begin
-    parallel = model
-    if RANKS > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # Batch norm's statistics stay each process's own. (As an argument, torch 2.14 warns of it.)
-        parallel.broadcast_buffers = False
-    per_step = args.batch_size * RANKS
-    per_epoch = len(faces) // per_step
-    steps = per_epoch * args.epochs
-    if begin > steps:
-        raise ValueError(f"{args.out}/last.pt has done {begin} steps, --epochs makes {steps} only")
-    order = batches(len(faces), args.batch_size, args.seed, range(begin, steps))
-    loader = DataLoader(faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
-    if state is None:
-        if RANK == 0 and os.path.exists(os.path.join(args.out, "last.pt")):
-            raise ValueError(f"{args.out}: another run has begun there meanwhile: give --out")
-        save_last(args, kept, 0)  # a full disk is noticed now, and a second run here is refused
-    described = False
-    started = shown = time.time()
-    try:
-        for step, (images, labels) in enumerate(loader, begin):
-            # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
-            torch.manual_seed(args.seed * 1_000_003 + step + RANK * 7_919_000_003)
-            lr = learning_rate(step, steps, args.lr)
-            optimiser.param_groups[0]["lr"] = lr
-            images = images.to(args.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
-            labels = labels.to(args.device, non_blocking=on_gpu)
-            images = jitter(to_input(images, args.device), args.jitter)
-            with autocast(args.device, args.amp):  # head and losses leave it again
-                loss, terms = parallel(images, labels)
-            optimiser.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
-            scaler.step(optimiser)
-            scaler.update()
-
-            done = step + 1
-            epoch_ends = done % per_epoch == 0
-            soon = done == begin + 5  # the first steps tell how long the run will take
-            saves = epoch_ends or done % args.save_every == 0
-            if saves or soon or time.time() - shown > 10:
-                losses = read_losses(loss, terms, done)
-                rate = (done - begin) * per_step / (time.time() - started)
-                left = timedelta(seconds=(steps - done) * per_step // rate)
-                if not described:
-                    report(args, describe(args, faces, left), {"args": vars(args)})
-                    described = True
-                report_step(args, done, per_epoch, losses, lr, rate, left)
-                shown = time.time()
-            if saves:
-                save_last(args, kept, done)
-                saved = done
-            if epoch_ends:
-                run_benchmarks(args, model.backbone, benchmarks, done)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted: the same command goes on from step {saved:,}") from None
-    return steps
-
-
-def read_losses(loss, terms, step):
-    """The loss and its terms as numbers, for which the CPU waits for a GPU."""
-    losses = {"loss": loss.item()}
-    for name, value in terms.items():
-        losses[name] = value.item()
-    if not math.isfinite(losses["loss"]):
-        raise ValueError(
-            f"the loss is {losses['loss']} at step {step}: lower --lr, and give another --out"
-        )
-    return losses
-
-
-def restore(kept, state):
-    """Loads the parts of a run from its checkpoint, if there is one -> the number of steps done."""
-    if state is None:
-        return 0
-    for name, part in kept.items():
-        if state[name]:  # the scaler has a state in float16 only
-            part.load_state_dict(state[name])
-    return state["step"]
-
-
-def save_last(args, kept, step):
-    """Writes the run's checkpoint, in the first process."""
-    if RANK == 0:
-        state = {name: part.state_dict() for name, part in kept.items()}
-        content = io.BytesIO()
-        torch.save({**state, "step": step, "args": vars(args)}, content)
-        write_file(os.path.join(args.out, "last.pt"), content.getbuffer())
+# ---- 5. Command line -----------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """The whole run, from the options to the last table."""
-    args = parse_arguments(argv)
-    setup(args)
-    check_folders(args)
-    state = read_last(args)
-    torch.manual_seed(args.seed)
-    backbone, maug = make_backbone(args), make_maug(args)
-    faces, every_epoch, final = open_data(args)
-    args.images, args.classes = len(faces), faces.classes
-    if state is not None:  # images and classes are known only now
-        check_agreement(args, state["args"])
-        if RANK == 0:
-            print(f"going on from step {state['step']:,}", flush=True)
-    head = ArcFace(args.classes, backbone.fc.out_features, args.scale, args.margin)
-    model = LRFR(backbone, head, maug, make_distance(args), args.weight, args.pull == "both")
-    model = model.train().to(args.device, memory_format=torch.channels_last)
+    join_processes()
+    run, problem = None, None
+    try:
+        run = prepare(argv)
+    except (UserError, OSError, SystemExit) as error:
+        if RANKS == 1:
+            raise
+        problem = str(error)
+    if RANKS > 1:
+        begin_together(run, problem)
+    args = run.args
+    text = f"{args.images:,} images of {args.classes:,} identities, {args.batch_size * RANKS} in a "
+    text += f"step; loss {args.loss}"
+    if args.loss != "none":
+        text += f", weight {args.weight:g}"
+    if run.step > 0:
+        text += f"; going on from step {run.step:,}"
+    report(args, f"{text}; run: {args.out}", {"args": vars(args)})
     if RANK == 0:
-        show_faces(args, faces)
-    steps = train(args, model, faces, every_epoch, state)
-    run_benchmarks(args, backbone, final, steps)
+        if run.step == 0 and os.path.exists(os.path.join(args.out, "last.pt")):
+            raise UserError(f"{args.out}: another run has begun there meanwhile: give --out")
+        show_faces(args, run.faces)
+    if run.step == 0:
+        save_last(run)  # a full disk is noticed now, and a second run here is refused
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from the last checkpoint") from None
     if RANK == 0:
         print(f"the weights: {args.out}/last.pt")
     if RANKS > 1:
@@ -764,4 +843,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    evaluate.run(main)
