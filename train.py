@@ -198,8 +198,9 @@ def train(run):
             text = f"epoch {math.ceil(run.step / per_epoch)}/{args.epochs}"
             text += f"  step {run.step:,}/{steps:,}"
             text += "".join(f"  {name} {entry[name]:.3g}" for name in ("loss", *parts))
-            text += f"  {per_step / max(seconds, 1e-9):.0f} faces/s  {left} left"
-            entry |= {"lr": optimiser.param_groups[0]["lr"], "seconds_per_step": seconds}
+            rate = per_step / max(seconds, 1e-9)
+            text += f"  {rate:.0f} faces/s  {left} left"
+            entry |= {"lr": optimiser.param_groups[0]["lr"], "faces_per_s": rate}
             report(args, text, entry)
         if saves:
             last_of_epoch = epoch_ends and run.faces.evaluated_each_epoch
@@ -278,14 +279,16 @@ def prepare(argv):
     state = read_last(args)
     torch.manual_seed(args.seed)
     backbone = make_backbone(args, state)
-    faces, benchmarks = open_data(args)
-    args.images, args.classes, args.fingerprint = len(faces), faces.classes, faces.fingerprint
     embed_dim = backbone.fc.out_features
     distance = DISTANCES[args.loss]
     if args.loss == "logexp":
         distance = functools.partial(distance, p=args.p)
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
+    if state is not None:
+        check_options(args, state)
+    faces, benchmarks = open_data(args)
+    args.images, args.classes, args.fingerprint = len(faces), faces.classes, faces.fingerprint
     head = lrfr.ArcFace(args.classes, embed_dim, args.scale, args.margin)
     model = lrfr.LRFR(backbone, head, make_maug(args), distance, args.weight, args.pull == "both")
     model = model.train().to(args.device, memory_format=torch.channels_last)
@@ -300,7 +303,7 @@ def prepare(argv):
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
     run = Run(args, faces, benchmarks, model, optimiser, scaler)
     if state is not None:
-        check_agreement(args, state)
+        check_data(args, state)
         restore(run, state)
     return run
 
@@ -320,17 +323,13 @@ def check_folders(args):
 
 
 def use_device(args):
-    if args.device.type == "cpu":
-        evaluate.keep_memory()
-        return
-    if RANKS > 1:
+    if RANKS > 1 and args.device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"more processes than GPUs: give torchrun --nproc_per_node={gpus}")
         args.device = torch.device("cuda", local_rank)
-    if args.device.index is not None:
-        torch.cuda.set_device(args.device)  # else some memory of GPU 0 is taken as well
+    evaluate.use_device(args.device)
     torch.backends.cudnn.benchmark = True  # the shapes never change
 
 
@@ -385,23 +384,34 @@ def read_last(args):
     return state
 
 
-def check_agreement(args, state):
-    """Refuses to go on with other options or data than those of the checkpoint."""
-    last = f"{args.out}/last.pt"
-    may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
+def check_options(args, state):
+    """Refuses to go on with other options than those of the checkpoint."""
+    may_change = {"data", "epochs", "out", "holdout", "workers", "device", "amp", "save_every"}
     old = state["args"]
-    if old.get("fingerprint", args.fingerprint) != args.fingerprint:
-        raise UserError(f"{last} was made with other images or labels than those of --data")
     for key, new in vars(args).items():
         if key in may_change or key not in old or (key == "init" and new is None):
             continue
         if old[key] != new:
             raise UserError(
-                f"{last} was made with {key} {old[key]}, not {new}: give the same, or another --out"
+                f"{args.out}/last.pt was made with {key} {old[key]}, not {new}: give the same, or "
+                "another --out"
+            )
+
+
+def check_data(args, state):
+    """Refuses to go on with other data, wherever it lies now, or beyond the last step."""
+    old = state["args"]
+    for key in ("fingerprint", "images", "classes", "holdout"):
+        if key in old and old[key] not in (getattr(args, key), None):
+            raise UserError(
+                f"{args.out}/last.pt was made with other images or labels than those of --data: "
+                f"{key} {old[key]}, not {getattr(args, key)}"
             )
     steps = args.images // (args.batch_size * RANKS) * args.epochs
     if state["step"] > steps:
-        raise UserError(f"{last} has done {state['step']} steps, --epochs makes {steps} only")
+        raise UserError(
+            f"{args.out}/last.pt has done {state['step']} steps, --epochs makes {steps} only"
+        )
 
 
 def begin_together(run, problem):
@@ -517,7 +527,8 @@ def image_folder(root):
         if evaluate.is_hidden(identity):
             continue
         if not os.path.isdir(folder):
-            others.append(identity)
+            if identity.lower().endswith((".bin", *evaluate.IMAGE_ENDINGS)):
+                others.append(identity)
             continue
         images = evaluate.images_below(folder)
         if any(os.path.dirname(image) != folder for image in images):
@@ -529,7 +540,7 @@ def image_folder(root):
             labels += [classes] * len(images)
             classes += 1
     if others:
-        warn_once(f"{root}: {len(others)} files are in no identity's folder, such as {others[0]}")
+        warn_once(f"{root}: {len(others)} files are in no identity's folder: {others[0]} ...")
     return paths, np.array(labels, int)
 
 
@@ -715,8 +726,8 @@ def open_folder(args):
         args.holdout = min(100, identities // 40 * 2)
     if args.holdout > max(0, identities - 2):
         raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
-    classes = identities - args.holdout  # the last ones are held out
-    kept = int((labels < classes).sum())
+    classes = identities - args.holdout
+    kept = int((labels < classes).sum())  # the identities that are held out come last
     check_size(args, kept, classes)
     benchmarks = []
     if args.holdout > 0 and RANK == 0:

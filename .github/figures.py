@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""The paper's analysis figures, and two more measurements, weights and camera:
+"""The paper's analysis figures, and what more RESULTS.md measures:
 
 python .github/figures.py study CHECKPOINT... --lfw DIR --data FOLDER --out DIR
 python .github/figures.py derivatives --out DIR
 python .github/figures.py errors CHECKPOINT... --lfw DIR --out DIR
-python .github/figures.py embeddings CHECKPOINT --lfw DIR --out DIR
+python .github/figures.py embeddings CHECKPOINT... --lfw DIR --out DIR
 python .github/figures.py weights CHECKPOINT... --lfw DIR [--json FILE]
 python .github/figures.py camera CHECKPOINT... --lfw DIR [--json FILE] [--faces FILE.png]
+python .github/figures.py screen CHECKPOINT... --data FOLDER --holdout N [--json FILE]
 
-Checkpoints are called after their folders. Needs matplotlib.
+Checkpoints are called after their folders. Drawing needs matplotlib.
 """
 
 import argparse
+import functools
 import io
 import json
 import math
+import os
 import sys
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from torchvision.utils import make_grid
 
@@ -29,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import lrfr
 import train
+from evaluate import SIZE, UserError
 
-SIZE = evaluate.SIZE
 LOW = [7, 14, 20]  # the resolutions of the paper's MAug, in pixels
 
 # ---- 1. What the figures share -------------------------------------------------------------------
@@ -47,17 +51,14 @@ def load_backbones(args):
     for path in args.checkpoints:
         name = Path(path).resolve().parent.name
         if name in backbones:
-            raise ValueError(f"{path}: the folder of another checkpoint is called {name} as well")
-        backbone = lrfr.load_backbone(path)
+            raise UserError(f"{path}: the folder of another checkpoint is called {name} as well")
+        backbone = evaluate.load_backbone(path)
         backbones[name] = backbone.to(args.device, memory_format=torch.channels_last)
     return backbones
 
 
-def embed(args, backbones, title, sources, resolutions, flip="sum"):
-    """{(name, px): (n, D) unit embeddings} of n images at several resolutions."""
-    return evaluate.embed_sources(
-        backbones, title, sources, resolutions, args.device, args.amp, flip
-    )
+def settings_of(args, flip="sum"):
+    return evaluate.Settings(args.device, args.amp, args.workers, flip)
 
 
 def evenly_spaced(items, count):
@@ -70,35 +71,36 @@ def embed_lfw(args, resolutions):
     """{name: {px: unit embeddings}} of N (`--images`) of LFW's images, not mirrored."""
     sources = evenly_spaced(evaluate.read_lfw(args.lfw).sources, args.images)
     backbones = load_backbones(args)
+    settings = settings_of(args, flip="none")
+    embeddings = evaluate.embed_sources(backbones, "LFW", sources, resolutions, settings)
     by_name = {name: {} for name in backbones}
-    for (name, px), unit in embed(args, backbones, "LFW", sources, resolutions, "none").items():
+    for (name, px), unit in embeddings.items():
         by_name[name][px] = unit
     return by_name
 
 
-def start_picture(xlabel, ylabel):
+def start_picture(height=3.6):
     """A picture that can be read at a width of 480 pixels, and its axes."""
-    figure = Figure((4.8, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.8, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def save_picture(figure, path):
-    png = io.BytesIO()
-    figure.savefig(png, dpi=200)
-    evaluate.write_file(path, png.getvalue())
+    with evaluate.new_file(path) as file:
+        figure.savefig(file, dpi=200)
     print(path)
 
 
-def draw_lines(path, curves, xlabel, ylabel, log_ticks=None):
-    """Draws {label: (x, y)}; log_ticks are those of a logarithmic x axis."""
-    figure, axes = start_picture(xlabel, ylabel)
+def draw_lines(path, curves, **options):
+    """Draws {label: (x, y)}; options: of the axes, as matplotlib calls them."""
+    figure, axes = start_picture()
     for i, (label, (x, y)) in enumerate(curves.items()):
         axes.plot(x, y, STYLES[i % 4], color=COLOURS[i % 12], label=label)
-    if log_ticks is not None:
-        axes.set(xscale="log", xticks=log_ticks, xticklabels=log_ticks)
-        axes.minorticks_off()
+    axes.set(**options)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     save_picture(figure, path)
 
@@ -113,8 +115,9 @@ def print_table(headings, rows):
 
 def write_lines(path, rows):
     """Writes one line of JSON for each row."""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    evaluate.write_file(path, "".join(lines).encode())
+    with evaluate.new_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row).encode() + b"\n")
 
 
 # ---- 2. The resolution study: accuracy and gradient against resolution ---------------------------
@@ -122,16 +125,11 @@ def write_lines(path, rows):
 STUDY = [5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, SIZE]  # pixels
 TICKS = [5, 7, 10, 14, 20, 28, 40, 56, SIZE]
 
-# File, the entry of a row that it shows, and the labels of both axes.
+# File, the entry of a row that it shows, and what that is.
 PICTURES = [
-    ("lfw-both.png", "both_accuracy", "resolution of both images in pixels", "accuracy"),
-    ("lfw-cross.png", "cross_accuracy", "resolution of one image in pixels", "accuracy"),
-    (
-        "gradient.png",
-        "gradient_norm",
-        "resolution in pixels",
-        "norm of the classification gradient",
-    ),
+    ("lfw-both.png", "both_accuracy", "accuracy, both images degraded"),
+    ("lfw-cross.png", "cross_accuracy", "accuracy, one image degraded"),
+    ("gradient.png", "gradient_norm", "norm of the classification gradient"),
 ]
 
 
@@ -139,12 +137,12 @@ def load_head(path, labels):
     """The head that was trained with a backbone; `labels` are those of the image folder."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "head" not in state or "args" not in state:
-        raise ValueError(f"{path}: holds no classifier, as a checkpoint of train.py does")
+        raise UserError(f"{path}: holds no classifier, as a checkpoint of train.py does")
     options = state["args"]
     classes, embed_dim = state["head"]["weight"].shape
     images = int((labels < classes).sum())  # the identities that were held out come last
     if images != options["images"]:
-        raise ValueError(f"{path}: trained on {options['images']} images, but --data has {images}")
+        raise UserError(f"{path}: trained on {options['images']} images, but --data has {images}")
     head = lrfr.ArcFace(classes, embed_dim, options["scale"], options["margin"])
     head.load_state_dict(state["head"])
     return head
@@ -189,41 +187,46 @@ def study(args):
     norms = {}
     for (name, backbone), head in zip(backbones.items(), heads):
         norms |= gradient_norms(args, name, backbone, head, paths, labels)
-    rows = evaluate.evaluate(backbones, benchmark, STUDY, args.device, args.amp)
+    rows = evaluate.evaluate(backbones, benchmark, STUDY, settings_of(args))
     for row in rows:
         row["gradient_norm"] = norms[row["checkpoint"], row["px"]]
     print(evaluate.table(rows))
     write_lines(args.out / "study.jsonl", rows)
-    for file_name, key, xlabel, ylabel in PICTURES:
+    axis = {"xlabel": "resolution in pixels", "xscale": "log"}
+    axis |= {"xticks": TICKS, "xticklabels": TICKS}
+    for file_name, key, ylabel in PICTURES:
         curves = {}
         for name in backbones:
             values = [row[key] for row in rows if row["checkpoint"] == name]
             curves[name] = (STUDY, values)
-        draw_lines(args.out / file_name, curves, xlabel, ylabel, TICKS)
+        draw_lines(args.out / file_name, curves, ylabel=ylabel, **axis)
 
 
 # ---- 3. The distances ----------------------------------------------------------------------------
 
 
 def derivatives(args):
-    """Draws derivatives.png: how steep each distance is in one dimension, the others being 1."""
-    error = torch.linspace(0.005, 1.5, 300)
-    x = torch.ones(300, 512)
+    """Draws derivatives.png: how the gradient of each distance grows with the error.
+
+    Across: |d_i| in one dimension of 512, the others being 1. Up: the gradient in that dimension,
+    as a multiple of what it is where |d_i| is 1, too.
+    """
+    error = torch.linspace(0.01, 2.5, 250)
+    x = torch.ones(250, 512)
     x[:, 0] = error
-    y = torch.zeros(300, 512)
+    y = torch.zeros(250, 512)
     slopes = {
-        "L1": torch.ones(300),
-        "smooth L1": error.clamp(max=1),
-        "L2": error,
         "LogExp(1)": lrfr.logexp_grad(x, y, 1)[:, 0],
         "LogExp(2)": lrfr.logexp_grad(x, y, 2)[:, 0],
+        "L1": torch.ones(250),
+        "L2": error,
     }
     curves = {}
     for name, slope in slopes.items():
-        curves[name] = (error, slope / slope[199])  # error[199] is 1
-    xlabel = "distance in one of 512 dimensions"
-    ylabel = "first derivative, over that at 1"
-    draw_lines(args.out / "derivatives.png", curves, xlabel, ylabel)
+        curves[name] = (error, slope / slope[99])  # error[99] is 1
+    xlabel = "error $|d_i|$ in one dimension, 1 in all others"
+    ylabel = "gradient there, in multiples of that at 1"
+    draw_lines(args.out / "derivatives.png", curves, xlabel=xlabel, ylabel=ylabel, ylim=(0, 5))
 
 
 def errors(args):
@@ -236,7 +239,7 @@ def errors(args):
         middles = (edges[:-1] + edges[1:]) / 2
         curves[name] = (middles, density)
     xlabel = "distance in a dimension, times the root of their number"
-    draw_lines(args.out / "errors.png", curves, xlabel, "density")
+    draw_lines(args.out / "errors.png", curves, xlabel=xlabel, ylabel="density")
 
 
 def most_pictured(identity):
@@ -255,21 +258,23 @@ def embeddings(args):
     benchmark = evaluate.read_lfw(args.lfw)
     colours = most_pictured(benchmark.identity)
     sources = [benchmark.sources[image] for image in colours]
-    backbones = load_backbones(args)
-    (name,) = backbones
     resolutions = [*LOW, SIZE]
-    unit = embed(args, backbones, "LFW", sources, resolutions)
-    x = torch.cat([unit[name, px] for px in resolutions])
-    x = x - x.mean(0)
-    _, _, directions = torch.linalg.svd(x, full_matrices=False)
-    first, second = directions[:2] @ x.T
-    figure, axes = start_picture("first principal component", "second principal component")
-    markers = zip(resolutions, "ovsD", first.chunk(4), second.chunk(4))
-    for px, marker, across, up in markers:
-        axes.scatter(across, up, 16, list(colours.values()), marker=marker)
-        axes.scatter([], [], 16, "black", marker=marker, label=f"{px} px")  # for the legend
-    axes.legend(fontsize="small")
-    save_picture(figure, args.out / f"embeddings-{name}.png")
+    backbones = load_backbones(args)
+    unit = evaluate.embed_sources(backbones, "LFW", sources, resolutions, settings_of(args))
+    for name in backbones:
+        x = torch.cat([unit[name, px] for px in resolutions])
+        x = x - x.mean(0)
+        _, _, directions = torch.linalg.svd(x, full_matrices=False)
+        first, second = (directions[:2] @ x.T).numpy()
+        figure, axes = start_picture()
+        axes.set(xlabel="first principal component", ylabel="second principal component")
+        axes.grid(alpha=0.3)
+        markers = zip(resolutions, "ovsD", np.split(first, 4), np.split(second, 4))
+        for px, marker, across, up in markers:
+            axes.scatter(across, up, 16, list(colours.values()), marker=marker)
+            axes.scatter([], [], 16, "black", marker=marker, label=f"{px} px")  # for the legend
+        axes.legend(fontsize="small")
+        save_picture(figure, args.out / f"embeddings-{name}.png")
 
 
 # ---- 4. Why the form of the distance does not matter on unit embeddings --------------------------
@@ -352,12 +357,13 @@ def weights(args):
         write_lines(args.json, everything)
 
 
-# ---- 5. A cheap camera ---------------------------------------------------------------------------
+# ---- 5. Cameras instead of bicubic resizing ------------------------------------------------------
 
 
-def photograph(pixels, px, rng):
+def test_camera(pixels, px, rng):
     """Shows a face, (112, 112, 3) uint8 RGB, as a cheap camera with `px` rows of pixels on it does.
 
+    This is the camera that tests: nothing is tuned on it. The one that trains is lrfr.photograph.
     The steps, in this order; how strong they are is drawn uniformly for each image:
 
     optical blur    Gaussian, sigma 0.3 to 0.7 pixels of the small image. (BSRGAN and Real-ESRGAN:
@@ -395,119 +401,182 @@ def photograph(pixels, px, rng):
     return Image.open(jpeg).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
-class Photographs:
-    """Faces as the camera shows them: item i is a PNG file in memory, the same in every run."""
+def screening_camera(pixels, px, rng):
+    """Shows a face as a third camera does, by which the settings of lrfr.photograph were chosen.
 
-    def __init__(self, sources, px):
-        self.sources = sources
-        self.px = px
+    It shares no step with either of them. How strong a step is, is drawn uniformly for each image:
 
-    def __len__(self):
-        return len(self.sources)
+    defocus     a disc, radius 0.2 to 0.7 of the camera's pixels
+    position    shifted by up to half a pixel of the camera in each direction
+    gamma       0.7 to 1.4
+    shrinking   Lanczos
+    noise       uniform, up to 1.7 times 0.01 to 0.08 of white
+    WebP        quality 30 to 70
+    enlarging   Hamming
+    """
+    radius = rng.uniform(0.2, 0.7) * SIZE / px
+    y, x = np.mgrid[-56:56, -56:56]
+    from_middle = np.hypot(x, y)
+    disc = (from_middle <= max(radius, 0.5)).astype(float)
+    disc = disc / disc.sum()
+    defocus = np.fft.rfft2(np.fft.ifftshift(disc))
+    down = rng.uniform(-0.5, 0.5) * SIZE / px
+    right = rng.uniform(-0.5, 0.5) * SIZE / px
+    vertical = np.fft.fftfreq(SIZE)[:, None]
+    horizontal = np.fft.rfftfreq(SIZE)
+    shift = np.exp(-2j * np.pi * (vertical * down + horizontal * right))
+    lens = (defocus * shift)[:, :, None]
+    spectrum = np.fft.rfft2(pixels / 255, axes=(0, 1))
+    light = np.fft.irfft2(lens * spectrum, (SIZE, SIZE), axes=(0, 1))
+    light = light.clip(0, 1) ** rng.uniform(0.7, 1.4)
+    large = (255 * light).round().astype(np.uint8)
+    image = Image.fromarray(large).resize((px, px), Image.Resampling.LANCZOS)
+    light = np.asarray(image) / 255
+    noise = rng.uniform(0.01, 0.08)
+    light = light + 1.7 * rng.uniform(-noise, noise, light.shape)
+    small = (255 * light.clip(0, 1)).round().astype(np.uint8)
+    webp = io.BytesIO()
+    quality = int(rng.integers(30, 71))
+    Image.fromarray(small).save(webp, "WEBP", quality=quality)
+    return Image.open(webp).convert("RGB").resize((SIZE, SIZE), Image.Resampling.HAMMING)
 
-    def __getitem__(self, i):
-        rng = np.random.default_rng([i, self.px])
-        png = io.BytesIO()
-        pixels = evaluate.read_image(self.sources[i])
-        photograph(pixels, self.px, rng).save(png, "PNG", compress_level=1)
-        return png.getvalue()
+
+def degrade_by(photograph, images, px):
+    """Degrades a batch as lrfr.degrade does, but by a function like the two above.
+
+    A face's own pixels seed what is drawn for it, so that it looks the same in every run.
+    """
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    shown = []
+    for face in pixels.cpu().numpy():
+        rng = np.random.default_rng([zlib.crc32(face.tobytes()), px])
+        shown.append(np.array(photograph(face, px, rng)))
+    pixels = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
+    return lrfr.to_input(pixels, images.device)
 
 
 def draw_faces(path):
-    """Draws eight faces of the demo, each above its photographs."""
+    """Draws eight faces of the demo, each above its degraded versions."""
     files = train.demo_faces(8, 1, seed=3).sources
-    rows = list(files)
+    sharp = lrfr.to_input(evaluate.read_images(files), "cpu")
+    torch.manual_seed(0)  # for lrfr.photograph
+    rows, labels = [sharp], ["sharp"]
     for px in LOW:
-        photographs = Photographs(files, px)
-        rows += [photographs[i] for i in range(8)]
-    faces = make_grid(evaluate.read_images(rows), nrow=8, padding=0)
-    figure = Figure((4.8, 2.35), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(faces.permute(1, 2, 0))
-    middle = SIZE * (np.arange(4) + 0.5)
-    axes.set(xticks=[], yticks=middle, yticklabels=["sharp", "7 px", "14 px", "20 px"])
+        rows += [lrfr.degrade(sharp, px), lrfr.photograph(sharp, px)]
+        rows += [degrade_by(test_camera, sharp, px)]
+        labels += [f"{px} px, bicubic", "training camera", "test camera"]
+    faces = make_grid((torch.cat(rows) + 1) / 2, nrow=8, padding=0)
+    middles = SIZE * (np.arange(len(rows)) + 0.5)
+    figure, axes = start_picture(height=4.3)
+    axes.imshow(faces.permute(1, 2, 0).numpy(), aspect="auto")
+    for row in (1, 4, 7):
+        axes.axhline(row * SIZE, color="white", linewidth=4)
+    axes.set(xticks=[], yticks=middles, yticklabels=labels, frame_on=False)
+    axes.tick_params(length=0)
     save_picture(figure, path)
+
+
+def mean_accuracy(rows):
+    """The mean accuracy of rows at 7, 14 and 20 px, of both images degraded and of one."""
+    accuracies = []
+    for row in rows:
+        if row["px"] in LOW:
+            accuracies += [row["both_accuracy"], row["cross_accuracy"]]
+    return float(np.mean(accuracies))
+
+
+def compare(args, benchmark, photograph):
+    """Verifies under bicubic degradation and under a camera, and prints both."""
+    backbones = load_backbones(args)
+    degradations = {"bicubic": lrfr.degrade, "camera": functools.partial(degrade_by, photograph)}
+    everything, means = [], []
+    for degradation, degrade in degradations.items():
+        rows = evaluate.evaluate(
+            backbones, benchmark, [*LOW, SIZE], settings_of(args), degrade=degrade
+        )
+        for row in rows:
+            row["degradation"] = degradation
+        everything += rows
+        print(f"\nDegraded by: {degradation}")
+        print(evaluate.table(rows), flush=True)
+        for name in backbones:
+            mean = mean_accuracy([row for row in rows if row["checkpoint"] == name])
+            means.append([name, degradation, f"{100 * mean:.2f}"])
+    if args.json:
+        write_lines(args.json, everything)
+    print_table(["checkpoint", "degraded by", "mean of both and cross at 7, 14, 20 px"], means)
 
 
 def camera(args):
     """Verifies LFW's pairs as a cheap camera shows them, beside bicubic degradation."""
     benchmark = evaluate.read_lfw(args.lfw)
-    backbones = load_backbones(args)
     if args.faces:
         draw_faces(args.faces)
-    bicubic = embed(args, backbones, "LFW", benchmark.sources, [*LOW, SIZE])
-    rows = []
-    for px in LOW:
-        photographs = Photographs(benchmark.sources, px)
-        photographed = embed(args, backbones, f"camera, {px} px", photographs, [SIZE])
-        for name in backbones:
-            sharp = bicubic[name, SIZE]
-            versions = {"bicubic": bicubic[name, px], "camera": photographed[name, SIZE]}
-            for degradation, degraded in versions.items():
-                row = {"set": "LFW", "checkpoint": name, "px": px, "degradation": degradation}
-                row |= evaluate.verify(degraded, degraded, benchmark, "both")
-                row |= evaluate.verify(sharp, degraded, benchmark, "cross")
-                rows.append(row)
-    if args.json:
-        write_lines(args.json, rows)
-    print("\nLFW: accuracy, its standard deviation over ten folds, TAR at FAR 1e-3, in %\n")
-    headings = ["px", "checkpoint", "degraded by", "both", "std", "TAR", "cross", "std", "TAR"]
-    keys = ["px", "checkpoint", "degradation", "both_accuracy", "both_std", "both_tar"]
-    keys += ["cross_accuracy", "cross_std", "cross_tar"]
-    lines = []
-    for row in rows:
-        lines.append([evaluate.cell(key, row[key]) for key in keys])
-    print_table(headings, lines)
+    compare(args, benchmark, test_camera)
+
+
+def screen(args):
+    """Verifies held-out people as a third camera shows them, to choose settings of training by."""
+    paths, labels = train.image_folder(args.data)
+    classes = len(set(labels)) - args.holdout
+    kept = int((labels < classes).sum())  # the identities that were held out come last
+    benchmarks = train.hold_out("held-out identities", paths[kept:], labels[kept:])
+    if classes < 0 or not benchmarks:
+        raise UserError(f"--holdout {args.holdout}: too few faces or people in {args.data}")
+    compare(args, benchmarks[0], screening_camera)
 
 
 # ---- 6. Command line -----------------------------------------------------------------------------
 
+# Command -> its options, apart from checkpoints and device.
+COMMANDS = {
+    study: ["lfw", "data", "out"],
+    derivatives: ["out"],
+    errors: ["lfw", "images", "out"],
+    embeddings: ["lfw", "out"],
+    weights: ["lfw", "images", "json"],
+    camera: ["lfw", "json", "faces"],
+    screen: ["data", "holdout", "json"],
+}
 
-def add_command(commands, function, checkpoints="+"):
-    """Adds a subcommand that is called like its function -> its parser."""
-    text = function.__doc__.split("\n\n")[0]
-    command = commands.add_parser(function.__name__, help=text, description=text)
-    command.set_defaults(function=function, json=None, out=None)
-    if checkpoints:
-        command.add_argument("checkpoints", nargs=checkpoints, metavar="CHECKPOINT")
-        text = "folder with pairs.txt and Name/Name_0001.jpg, aligned"
-        command.add_argument("--lfw", metavar="DIR", required=True, help=text)
-        evaluate.add_device_options(command)
-    return command
+# Option -> what argparse is told of it.
+POSITIVE = evaluate.number(int, 1)
+LFW_HELP = "folder with pairs.txt and Name/Name_0001.jpg, aligned"
+DATA_HELP = "the image folder that the checkpoints were trained on"
+IMAGES_HELP = "how many images of LFW to take (default: 512)"
+OPTIONS = {
+    "lfw": {"metavar": "DIR", "required": True, "help": LFW_HELP},
+    "data": {"metavar": "FOLDER", "required": True, "help": DATA_HELP},
+    "holdout": {"metavar": "N", "required": True, "type": POSITIVE, "help": "as for train.py"},
+    "images": {"metavar": "N", "default": 512, "type": POSITIVE, "help": IMAGES_HELP},
+    "out": {"metavar": "DIR", "required": True, "type": Path, "help": "draw here"},
+    "json": {"metavar": "FILE", "help": "write the numbers here, too, as lines of JSON"},
+    "faces": {"metavar": "FILE.png", "help": "draw eight of the demo's faces, degraded, here"},
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    drawing = {
-        "study": add_command(commands, study),
-        "derivatives": add_command(commands, derivatives, checkpoints=None),
-        "errors": add_command(commands, errors),
-        "embeddings": add_command(commands, embeddings, checkpoints=1),
-    }
-    for command in drawing.values():
-        command.add_argument("--out", metavar="DIR", type=Path, required=True, help="draw here")
-    text = "the image folder that the checkpoints were trained on"
-    drawing["study"].add_argument("--data", metavar="FOLDER", required=True, help=text)
-    measuring = {
-        "weights": add_command(commands, weights),
-        "camera": add_command(commands, camera),
-    }
-    for command in measuring.values():
-        text = "write the numbers here, too, as lines of JSON"
-        command.add_argument("--json", metavar="FILE", help=text)
-    text = "draw eight of the demo's faces and their photographs here"
-    measuring["camera"].add_argument("--faces", metavar="FILE.png", help=text)
-    images = evaluate.number(int, 1)
-    for command in (drawing["errors"], measuring["weights"]):
-        text = "how many images of LFW to take (default: 512)"
-        command.add_argument("--images", metavar="N", type=images, default=512, help=text)
+    for function, options in COMMANDS.items():
+        text = function.__doc__.split("\n\n")[0]
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(function=function, out=None, json=None, faces=None)
+        if function is not derivatives:
+            command.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+            evaluate.add_device_options(command)
+        for name in options:
+            command.add_argument(f"--{name}", **OPTIONS[name])
     args = parser.parse_args(argv)
-    if args.out:  # what cannot be written fails now, not after an hour
+    # What cannot be drawn or written fails now, not after an hour.
+    if (args.out or args.faces) and not find_spec("matplotlib"):
+        raise UserError("drawing needs matplotlib, which is optional: pip install matplotlib")
+    if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    if args.json:
-        open(args.json, "ab").close()
-    evaluate.keep_memory()
+    if args.json and not os.path.exists(args.json):
+        write_lines(args.json, [])
+    if "device" in args:
+        evaluate.use_device(args.device)
     args.function(args)
 
 
