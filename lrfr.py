@@ -3,9 +3,9 @@
 
 The method of "Dive into the Resolution Augmentations and Metrics in Low Resolution Face
 Recognition: A Plain yet Effective New Baseline" (arXiv 2302.05621) in one file that needs only
-torch. It is written in the order in which the data flows: image -> MAug -> backbone -> ArcFace
-head -> distance -> total loss. Then comes what loads and uses a trained backbone. `python lrfr.py`
-checks the analytic gradient of the LogExp loss.
+torch, 2.6 or newer. It is written in the order in which the data flows: image -> MAug -> backbone
+-> ArcFace head -> distance -> total loss. Then comes what loads and uses a trained backbone.
+`python lrfr.py` checks the analytic gradient of the LogExp loss.
 
     paper         here                        shape, range
     x_hr, x_lr    sharp, degraded             (N, 3, 112, 112) RGB in [-1, 1]
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 
 def to_input(images: Tensor, device: torch.device | str) -> Tensor:
-    """Turns (N, 3, H, W) uint8 RGB into floats in [-1, 1] on a device, in channels-last order.
+    """Turns (N, 3, H, W) uint8 RGB into floats in [-1, 1] on a device, channels-last in memory.
 
     ValueError if the pixels are not uint8.
     """
@@ -38,7 +38,7 @@ def to_input(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 def degrade(images: Tensor, px: int | Tensor) -> Tensor:
-    """Reduces each image to `px` rows of pixels and enlarges it again.
+    """Reduces each image to `px` rows of pixels, and columns in proportion, and enlarges it again.
 
     Bicubic, with antialiasing on the way down, as Pillow does it. `images` is not changed.
 
@@ -55,20 +55,20 @@ def photograph(images: Tensor, px: int | Tensor) -> Tensor:
     """Shows each image as a cheap camera does that has `px` rows of pixels for it.
 
     This is ours, not the paper's. What happens, in this order; the strength of each step is drawn
-    for each image, evenly within its range, from torch's CPU generator:
+    for each image, evenly within its range, from torch's CPU generator. In brackets, the ranges of
+    published work. As there, "light" means sRGB values.
 
     lens           Gaussian blur, sigma 0.05 to 0.8 of the camera's pixels (BSRGAN: up to 0.7,
                    Real-ESRGAN: up to 0.75)
     sensor         a pixel is the average of the light on its area (Real-ESRGAN: "area")
     exposure       0.7 to 1.3 times the light (GFPGAN: 0.5 to 1.5)
     white balance  red and blue 0.9 to 1.1 times (Brooks et al.: gains within 12 % of the middle)
-    noise          of the light, 100 to 3,000 photons for white, evenly in the logarithm (BSRGAN:
-                   100 to 10,000); of the electronics, standard deviation 0 to 12 of 255 (BSRGAN: 2
-                   to 25, Real-ESRGAN: 1 to 30)
-    screen         whatever is brighter than white is white; enlarged bilinearly (GFPGAN)
+    noise          Gaussian: of the light, as of 100 to 3,200 photons for white, evenly in the
+                   logarithm (BSRGAN: 100 to 10,000); of the electronics, standard deviation 0 to 12
+                   of 255 (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30)
+    screen         clipped to black and white; enlarged bilinearly (GFPGAN)
 
-    images, px, what is returned and refused: as for degrade. Where px >= H, an image stays as it
-    is, without blur, light or noise.
+    images, px, what is returned and refused: as for degrade.
     BSRGAN: Zhang et al. 2021. Real-ESRGAN, GFPGAN: Wang et al. 2021. Brooks et al. 2019:
     Unprocessing Images for Learned Raw Denoising.
     """
@@ -79,10 +79,10 @@ def take_picture(scene, size):
     """The steps of photograph, for a camera of size (h, w) pixels: (N, 3, H, W) -> the same."""
     height, width = scene.shape[2:]
     sigma = draw(scene, 0.05, 0.8) * height / size[0]  # in pixels of the scene
-    rows = lens_and_sensor(sigma, height, size[0])
-    columns = lens_and_sensor(sigma, width, size[1])
-    on_sensor = rows @ scene @ columns.mT  # (N, 3, h, w)
-    light = (on_sensor + 1).clamp(0, 2) / 2  # 0: black, 1: white
+    from_rows = lens_and_sensor(sigma, height, size[0])  # (N, 1, h, H)
+    from_columns = lens_and_sensor(sigma, width, size[1])  # (N, 1, w, W)
+    on_sensor = from_rows @ scene @ from_columns.mT  # (N, 3, h, w)
+    light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white
     light = light * draw(scene, 0.7, 1.3)
     red, blue = draw(scene, 0.9, 1.1), draw(scene, 0.9, 1.1)
     light = light * torch.cat([red, torch.ones_like(red), blue], 1)
@@ -94,11 +94,14 @@ def take_picture(scene, size):
 
 
 def lens_and_sensor(sigma, length, pixels):
-    """(N, 1, pixels, length): how much each pixel of the camera sees of each row of the scene."""
+    """(N, 1, pixels, length): how much of each row (or column) of the scene a camera's row sees.
+
+    sigma: (N, 1, 1, 1), in pixels of the scene.
+    """
     place = torch.arange(length, device=sigma.device)
     distance = place - place[:, None]
     blur = torch.exp(-((distance / sigma) ** 2) / 2)
-    blur = blur / blur.sum(-1, keepdim=True)  # a row holds the weights of what is around it
+    blur = blur / blur.sum(-1, keepdim=True)  # row i holds the weights of what is around it
     return F.interpolate(blur, (pixels, length), mode="area")
 
 
@@ -114,14 +117,17 @@ def to_device_of(images, tensor):
 
 
 def resize_down_and_up(images, size):
-    """Bicubic with antialiasing; the overshoot of the cubic is clipped, as in an 8-bit image."""
+    """Bicubic; the overshoot of the cubic is clipped, as in an 8-bit image.
+
+    With antialiasing on the way up as well, since torch has Pillow's cubic only with it.
+    """
     small = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
     large = F.interpolate(small, images.shape[2:], mode="bicubic", antialias=True)
     return large.clamp(-1, 1)
 
 
 def at_each_resolution(images, px, function):
-    """Calls function(those images, (height, width) in small pixels) for each resolution in px."""
+    """Replaces all images of a resolution r < H by function(images, (r, width in proportion))."""
     if not images.is_floating_point():
         raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
     n, _, height, width = images.shape
@@ -135,7 +141,7 @@ def at_each_resolution(images, px, function):
         chosen = (px == r).nonzero().squeeze(1)  # with a mask, the CPU would wait for a GPU
         chosen = to_device_of(images, chosen)
         size = (r, max(2, round(r * width / height)))
-        with torch.autocast(images.device.type, enabled=False):  # else products are rounded
+        with torch.autocast(images.device.type, enabled=False):  # float32 throughout
             degraded[chosen] = function(images[chosen].float(), size).to(images.dtype)
     return degraded
 
@@ -157,9 +163,10 @@ class MAug:
 
     resolutions: integers of 2 or more, in pixels. ratio: how often each of them is drawn, numbers
     that are not negative, one for each resolution.
-    camera: the share of the images, 0 to 1, that `photograph` degrades, in place of `degrade`. 0 is
-    the paper's augmentation.
-    photograph: any function like the one above, of (images, px), for a camera of your own.
+    camera: the probability, 0 to 1, that `photograph` degrades an image, in place of `degrade`. 0
+    is the paper's augmentation.
+    photograph: another camera, if you have one: (images, px) -> the same shape and dtype. px is an
+    integer tensor (N,) on the CPU; N may be 0.
     ValueError for other values or lengths.
     """
 
@@ -170,14 +177,14 @@ class MAug:
         camera: float = 0.0,
         photograph=photograph,
     ):
-        if len(resolutions) != len(ratio):
+        if len(resolutions) != len(ratio) or len(ratio) == 0:
             raise ValueError(f"{len(resolutions)} resolutions, but a ratio of {len(ratio)} numbers")
         if not (min(ratio) >= 0 and 0 < sum(ratio) < math.inf):
             raise ValueError(f"a ratio needs finite numbers >= 0, not all of them 0, got {ratio}")
         if min(resolutions) < 2 or any(px != int(px) for px in resolutions):
             raise ValueError(f"resolutions must be integers of 2 or more, got {resolutions}")
         if not 0 <= camera <= 1:
-            raise ValueError(f"camera is a share, from 0 to 1, got {camera}")
+            raise ValueError(f"camera is a probability, from 0 to 1, got {camera}")
         self.resolutions = torch.tensor(resolutions, dtype=torch.int64, device="cpu")
         self.ratio = torch.tensor(ratio, dtype=torch.float64, device="cpu")
         self.camera = camera
@@ -284,8 +291,8 @@ class IResNet(nn.Module):
         x = self.layer4(x)  # (N, 8 width, 7, 7)
         x = self.bn2(x).flatten(1)
         # The last layer is in float32 under autocast, too, since half precision would round the
-        # embedding. Device and dtype are a buffer's: torch.fx cannot ask x for them, nor a
-        # quantised fc.
+        # embedding. Device and dtype are read from a buffer: torch.fx cannot trace those of x, and
+        # a quantised fc has no weight to ask.
         buffer = self.features.running_mean
         with torch.autocast(buffer.device.type, enabled=False):
             return self.features(self.fc(x.to(buffer.dtype)))
@@ -367,7 +374,7 @@ def logexp_loss(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
 
 
 def logexp_grad(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
-    """Analytic gradient (N, D) of logexp_loss by x, in float64. By y, negate it.
+    """Analytic gradient (N, D) of logexp_loss by x, in float64. By y, negate it. Errors as there.
 
     Eq. (2), here for any p and with the mean over the N pairs:
     sign(d_i) |d_i|^(p-1) e^{|d_i|^p} / (1 + sum_j (e^{|d_j|^p} - 1)) / (D N), d = x - y.
@@ -404,10 +411,10 @@ class LRFR(nn.Module):
     backbone: images -> (N, D). head: (embeddings, labels) -> logits.
     maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. With D = 512, 300 suits LogExp(1), and 1000 fine-tuning. At a cosine of 0.5, 720
-    of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm as 300. For other D, let
+    weight: lambda. The default is for LogExp(1) and D = 512; 1000 when fine-tuning. At a cosine of
+    0.5, 720 of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm. For other D, let
     the weight grow in proportion to D, that of L1 to the root of D.
-    pull_both: the distance moves both embeddings, as in the official code, not the degraded alone.
+    pull_both: the distance moves the sharp embedding as well, as in the official code.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     ValueError for a distance without maug.
     """
@@ -434,8 +441,8 @@ class LRFR(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """images (N, 3, 112, 112) in [-1, 1] (not checked), labels (N,) int64.
 
-        Returns the total loss, a float32 scalar, and those parts that there are, detached: "sharp",
-        "degraded", "distance" (without its weight).
+        Returns the total loss, a float32 scalar, and its parts, detached: "sharp"; with maug
+        "degraded"; with a distance "distance", without its weight.
         """
         sharp = random_flip(images)
         if self.maug is None:
@@ -472,8 +479,8 @@ def load_backbone(path: str) -> IResNet:
 
     Depth and width are inferred from the tensor shapes. The state dict may be nested, as under
     "state_dict" or "backbone", and its names may have a prefix, such as "module.". No code in the
-    file is run. Needs torch 2.6 or newer.
-    ValueError, with the path, if the file holds anything else.
+    file is run.
+    ValueError, with the path, if the file cannot be read or holds anything else.
     """
     state = read_state_dict(path)
     others = ("features.module.", "features.layer1.", "input_layer.")  # MagFace twice, AdaFace

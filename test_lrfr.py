@@ -489,7 +489,7 @@ def test_what_is_out_of_range_is_refused():
         (lambda: lrfr.photograph(faces.byte(), 7), "images must be floats in [-1, 1], got torch.u"),
         (lambda: MAug((1, 7), (1, 1)), "resolutions must be integers of 2 or more, got (1, 7)"),
         (lambda: MAug((7.9, 14), (1, 1)), "resolutions must be integers of 2 or more"),
-        (lambda: MAug(camera=1.5), "camera is a share, from 0 to 1, got 1.5"),
+        (lambda: MAug(camera=1.5), "camera is a probability, from 0 to 1, got 1.5"),
         (lambda: lrfr.LRFR(backbone, None, None, logexp_loss), "a distance needs degraded images"),
         (lambda: lrfr.to_input(faces, "cpu"), "must be a uint8 tensor, 0 to 255, got torch.float"),
         (lambda: degrade(faces.byte(), 7), "images must be floats in [-1, 1], got torch.uint8"),

@@ -4,7 +4,7 @@
 python .github/from_onnx.py w600k_r50.onnx --images FOLDER --out backbone.pth
 
 Exporters fold a batch norm that follows a convolution into it: without training, both are one
-linear map. Here it becomes a batch norm again, with the mean and variance that the convolution has
+affine map. Here it becomes a batch norm again, with the mean and variance that the convolution has
 over the faces below FOLDER, so that training begins with what the file computes. 500 to 2,000
 aligned faces are enough; they should be like those to train on. Needs onnx. The result is compared
 with the file by onnxruntime where that is installed, else by onnx.
@@ -38,9 +38,9 @@ SKIPPED = ("Identity", "Dropout", "Cast", "Unsqueeze")  # they change no number
 class Walk:
     """Follows the tensors through a graph, as long as it is an IResNet's.
 
-    Names of tensors and nodes mean nothing, and their order is free: x stands for the name of the
-    tensor that has been reached. What is found is in `state`, by InsightFace's names. `folded` has
-    the batch norms that the file lacks: {name: name of the layer before it}.
+    Names of tensors and nodes mean nothing, nor does their order. Each step takes x, the name of
+    its input, and returns the name of its output. What is found is in `state`, by InsightFace's
+    names. `folded` has the batch norms that the file lacks: {name: name of the layer before it}.
     """
 
     def __init__(self, path, graph):
@@ -112,7 +112,10 @@ class Walk:
         return node.output[0]
 
     def norm_after(self, x, layer, bias, name):
-        """The batch norm after a layer. The layer's bias becomes its own, which is the same."""
+        """The batch norm after a layer: the file's, or a new one where it was folded.
+
+        It takes over the layer's bias, since IResNet's layers have none there.
+        """
         readers = self.readers.get(x, [])
         if len(readers) == 1 and readers[0].op_type == "BatchNormalization":
             x = self.norm(x, name)
@@ -240,8 +243,8 @@ class Moments:
 def unfold(backbone, folded, paths):
     """Gives the folded batch norms the mean and variance that their layers have over these faces.
 
-    Until here they only add b. A batch norm with running mean m, running variance v, weight
-    sqrt(v + eps) and bias m + b does the same, for any m and v.
+    So far each of them only adds its bias b. A batch norm with running mean m, running variance v,
+    weight sqrt(v + eps) and bias m + b does the same, for any m and v.
 
     The length of a convolution's filters was folded, too. Nothing but training depends on it: the
     same learning rate turns a filter of half the length four times as fast. It becomes what it is
@@ -312,7 +315,9 @@ def choose_images(folder):
     paths = evaluate.images_below(folder)
     count = min(len(paths), 2000)
     if count < 2:
-        raise evaluate.UserError(f"--images {folder}: {count} images; 500 to 2,000 are needed")
+        raise evaluate.UserError(
+            f"--images {folder}: {count} images; 2 or more are needed, 500 measure better"
+        )
     if count < 500:
         print(f"only {count} images: 500 or more measure better", file=sys.stderr, flush=True)
     return [paths[i * len(paths) // count] for i in range(count)]
