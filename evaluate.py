@@ -66,31 +66,26 @@ class Benchmark:
     thresholds: int = 401  # how many, between cosines of -1 and 1; 401 in the official code
 
     def __post_init__(self):
-        if self.pairs is not None:
-            self.check_pairs()
-        elif not any(self.count_mates(probes) for probes in self.probes.values()):
-            raise UserError(f"{self.name}: no probe has a mate in the gallery")
-
-    def check_pairs(self):
+        if self.pairs is None:
+            if not any(self.count_mates(probes) for probes in self.probes.values()):
+                raise UserError(f"{self.name}: no probe has a mate in the gallery")
+            return
         first, second, genuine = self.pairs
         if genuine.all() or not genuine.any() or len(genuine) < 10:
-            raise UserError(
-                f"{self.name}: {genuine.sum()} genuine and {(~genuine).sum()} impostor pairs: a "
-                "benchmark needs both, and ten or more in all, for its ten folds"
-            )
+            kinds = f"{genuine.sum()} genuine and {(~genuine).sum()} impostor pairs"
+            raise UserError(f"{self.name}: {kinds}: a benchmark needs both, and ten in all")
         for fold in np.array_split(genuine, 10):
             if len(fold) > 1 and len(set(fold)) == 1:
-                warn_once(
-                    f"{self.name}: there are folds with pairs of one kind alone, which makes "
-                    "the accuracy wrong: mix both kinds evenly"
-                )
+                text = "there are folds with pairs of one kind: mix both, or accuracy is wrong"
+                warn_once(f"{self.name}: {text}")
         doubles = sum(self.sources[i] == self.sources[j] for i, j in zip(first, second))
         if doubles:
             warn_once(f"{self.name}: {doubles} pairs are an image and itself: the easiest there is")
 
     def count_mates(self, probes):
         """How many of these probes have an image of the same person in the gallery."""
-        return int(np.isin(self.identity[probes], self.identity[self.gallery]).sum())
+        in_gallery = np.isin(self.identity[probes], self.identity[self.gallery])
+        return int(in_gallery.sum())
 
 
 def split_gallery(identity):
@@ -124,12 +119,11 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
             continue  # the first line may be a header: folds, pairs of each kind in a fold
         try:
             person, i, other, j = parse_pair(fields)
-            images = find_face(root, people, person, i), find_face(root, people, other, j)
+            images = [find_face(root, people, person, i), find_face(root, people, other, j)]
         except UserError as error:
             raise UserError(f"{path}, line {line_number}: {error} in {line[:80]!r}") from None
-        for image in images:
-            place_of.setdefault(image, len(place_of))
-        pairs.append((place_of[images[0]], place_of[images[1]], person == other))
+        places = [place_of.setdefault(image, len(place_of)) for image in images]
+        pairs.append((*places, person == other))
     first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
     folders = [os.path.dirname(image) for image in place_of]
     identity = np.unique(folders, return_inverse=True)[1]
@@ -141,8 +135,10 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
 def parse_pair(fields):
     """A line of pairs.txt -> a person, the number of an image, a person, the number of an image."""
     if len(fields) == 3:  # name i j: two images of one person
-        fields = [fields[0], fields[1], fields[0], fields[2]]
-    if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
+        person, i, j = fields
+        fields = [person, i, person, j]
+    numbers = fields[1::2]
+    if len(fields) != 4 or not all(text.isdecimal() for text in numbers):
         raise UserError("expected 'name i j' or 'name i name j', i and j the numbers of images,")
     person, i, other, j = fields
     return person, int(i), other, int(j)
@@ -156,14 +152,14 @@ def names_in(folder):
 
 def find_face(root, people, person, number):
     """The path of a person's image in a folder like LFW's, whatever its ending."""
-    folder, stem = os.path.join(root, people.get(person, person)), f"{person}_{number:04d}."
-    found = [
-        on_disk
-        for name, on_disk in names_in(folder).items()
-        if name.startswith(stem) and name.lower().endswith(IMAGE_ENDINGS)
-    ]
+    folder = os.path.join(root, people.get(person, person))
+    stem = f"{person}_{number:04d}."
+    found = []
+    for name, on_disk in names_in(folder).items():
+        if name.startswith(stem) and name.lower().endswith(IMAGE_ENDINGS):
+            found.append(on_disk)
     if len(found) != 1:
-        raise UserError(f"{len(found)} images called {os.path.join(folder, stem)}jpg (or .png ...)")
+        raise UserError(f"{len(found)} images called {folder}/{stem}jpg (or .png ...)")
     return os.path.join(folder, found[0])
 
 
@@ -184,11 +180,6 @@ class PickledArray:
     def __setstate__(self, parts):
         self.parts = parts
 
-    def content(self):
-        """The array's bytes, or its list of Python objects."""
-        (content,) = [part for part in self.parts if isinstance(part, (bytes, bytearray, list))]
-        return content
-
 
 class BinUnpickler(pickle.Unpickler):
     """Admits numpy's arrays, and bytes as protocols 0 to 2 write them, and nothing else."""
@@ -202,7 +193,11 @@ class BinUnpickler(pickle.Unpickler):
 
 
 def content(value):
-    return value.content() if isinstance(value, PickledArray) else value
+    """The bytes of a pickled array, or its list of Python objects; other values as they are."""
+    if not isinstance(value, PickledArray):
+        return value
+    (data,) = [part for part in value.parts if isinstance(part, (bytes, bytearray, list))]
+    return data
 
 
 def read_bin(path):
@@ -214,7 +209,11 @@ def read_bin(path):
         try:
             images, labels = BinUnpickler(file, encoding="bytes").load()  # also of Python 2
             images = [bytes(memoryview(content(image))) for image in content(images)]
-            labels = [content(label) for label in split_numbers(content(labels), len(images) // 2)]
+            labels = content(labels)
+            if not isinstance(labels, list):  # bytes of booleans or integers, one a pair
+                size = len(labels) // (len(images) // 2)
+                labels = np.frombuffer(labels, f"<i{size}").tolist()
+            labels = [content(label) for label in labels]
         except Exception as error:  # of a dozen kinds, for damaged files
             raise UserError(f"{path}: not a verification set ({error})") from None
     genuine = []
@@ -224,18 +223,11 @@ def read_bin(path):
         if label not in (0, 1):
             raise UserError(f"{path}: label {label!r:.40}: expected True, False, 1 or 0")
         genuine.append(bool(label))
-    if len(images) != 2 * len(labels):
-        raise UserError(f"{path}: {len(images)} images for {len(labels)} pairs")
+    if len(images) != 2 * len(genuine):
+        raise UserError(f"{path}: {len(images)} images for {len(genuine)} pairs")
     first = np.arange(0, len(images), 2)
-    return Benchmark(Path(path).stem, images, Pairs(first, first + 1, np.array(genuine, bool)))
-
-
-def split_numbers(content, count):
-    """An array's bytes as so many pieces of equal length; a list is returned as it is."""
-    if isinstance(content, list):
-        return content
-    size = len(content) // count
-    return [content[i : i + size] for i in range(0, len(content), size)]
+    pairs = Pairs(first, first + 1, np.array(genuine, bool))
+    return Benchmark(Path(path).stem, images, pairs)
 
 
 def read_scface(root):
@@ -259,13 +251,14 @@ def read_scface(root):
     if others:
         warn_once(f"SCface: {len(others)} images are passed over, such as {others[0]}: {form}")
 
-    def ending(text):
-        return np.array([i for i, name in enumerate(found) if name.endswith(text)], int)
-
-    identity = np.array([int(name[:3]) for name in found], int)
-    gallery = ending("frontal")
-    probes = {"d1": ending("_1"), "d2": ending("_2"), "d3": ending("_3")}
-    probes = {part: indices for part, indices in probes.items() if len(indices)}
+    identity, groups = [], {"frontal": [], "1": [], "2": [], "3": []}
+    for i, name in enumerate(found):
+        identity.append(int(name[:3]))
+        _, _, group = name.rpartition("_")
+        groups[group].append(i)
+    identity = np.array(identity)
+    gallery = np.array(groups.pop("frontal"), int)
+    probes = {f"d{distance}": np.array(group) for distance, group in groups.items() if group}
     name = f"SCface, {len(gallery)} subjects"
     sources = list(found.values())
     return Benchmark(name, sources, identity=identity, gallery=gallery, probes=probes)
@@ -276,22 +269,22 @@ def read_tinyface(root):
 
     Probes without a mate in the gallery count as misses. (AdaFace's code leaves them out.)
     """
-    if os.path.isdir(os.path.join(root, "Testing_Set")):
-        root = os.path.join(root, "Testing_Set")
-    probes = images_below(os.path.join(root, "Probe"))
-    mates = images_below(os.path.join(root, "Gallery_Match"))
-    distractors = images_below(os.path.join(root, "Gallery_Distractor"))
+    if Path(root, "Testing_Set").is_dir():
+        root = Path(root, "Testing_Set")
+    probes = images_below(Path(root, "Probe"))
+    mates = images_below(Path(root, "Gallery_Match"))
+    distractors = images_below(Path(root, "Gallery_Distractor"))
     form = "expected names such as 12_3.jpg, image 3 of person 12"
     if not (probes and mates):
         raise UserError(f"{root}: no images in Probe or in Gallery_Match: {form}")
     people = []
     for path in probes + mates:
-        person, separator, _ = os.path.basename(path).partition("_")
+        person, separator, _ = Path(path).name.partition("_")
         if not (person.isdigit() and separator):
             raise UserError(f"{path}: {form}")
         people.append(person)
     identity = np.unique(people, return_inverse=True)[1]
-    identity = np.append(identity, np.full(len(distractors), -1)).astype(int)
+    identity = np.append(identity, [-1] * len(distractors)).astype(int)
     gallery = np.arange(len(probes), len(identity))
     name = f"TinyFace, {len(distractors)} distractors"
     sources = probes + mates + distractors
@@ -318,15 +311,17 @@ def ten_folds(scores, genuine, thresholds):
     in the official code. The threshold returned is the mean of the ten.
     thresholds: how many to try, from -1 to 1.
     """
-    grid = np.linspace(-1, 1, thresholds)
+    grid = np.linspace(-1, 1, thresholds)[::-1]  # the highest first
     correct = (scores >= grid[:, None]) == genuine  # (thresholds, P)
+    total = correct.sum(1)
     accuracies, chosen = [], []
     for fold in np.array_split(np.arange(len(genuine)), 10):
-        correct_elsewhere = correct.sum(1) - correct[:, fold].sum(1)
-        best = np.flatnonzero(correct_elsewhere == correct_elsewhere.max())[-1]
+        correct_elsewhere = total - correct[:, fold].sum(1)
+        best = correct_elsewhere.argmax()  # the first of equals
         accuracies.append(correct[best, fold].mean())
         chosen.append(grid[best])
-    return float(np.mean(accuracies)), float(np.std(accuracies)), float(np.mean(chosen))
+    accuracy, std = np.mean(accuracies), np.std(accuracies)
+    return float(accuracy), float(std), float(np.mean(chosen))
 
 
 FARS = np.logspace(-3, 0, 31)  # false acceptance rates of a ROC curve
@@ -343,8 +338,10 @@ def roc_curve(scores, genuine):
     if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
         return None
     # At most k impostors lie above the one at place k.
-    thresholds = np.append(impostor, -np.inf)[(FARS * len(impostor)).astype(int)]
-    return (scores[genuine] > thresholds[:, None]).mean(1).tolist()
+    places = (FARS * len(impostor)).astype(int)
+    thresholds = np.append(impostor, -np.inf)[places]
+    accepted = scores[genuine] > thresholds[:, None]  # (rates, genuine pairs)
+    return accepted.mean(1).tolist()
 
 
 def identify(gallery, gallery_identity, probes, probe_identity):
@@ -354,13 +351,16 @@ def identify(gallery, gallery_identity, probes, probe_identity):
     of equal cosines, those of strangers come first.
     """
     hits = torch.zeros(50, dtype=torch.float64)
-    for start in range(0, len(probes), 64):  # in blocks, since TinyFace's gallery is large
-        block = slice(start, start + 64)
-        cosines = probes[block] @ gallery.T
-        mates = torch.from_numpy(probe_identity[block, None] == gallery_identity)
+    gallery_identity = torch.from_numpy(gallery_identity)
+    probe_identity = torch.from_numpy(probe_identity)
+    # In blocks, since TinyFace's gallery is large.
+    for block, people in zip(probes.split(64), probe_identity.split(64)):
+        cosines = block @ gallery.T
+        mates = people[:, None] == gallery_identity
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)  # -2: below every cosine
-        rank = 1 + ((cosines >= best) & ~mates).sum(1)  # after the strangers who are as near
-        rank = rank[mates.any(1), None]
+        as_near = (cosines >= best) & ~mates  # strangers, who come first
+        rank = 1 + as_near.sum(1, keepdim=True)
+        rank = rank[mates.any(1)]
         hits += (rank <= torch.arange(1, 51)).sum(0)
     return (hits / len(probes)).tolist()
 
@@ -406,9 +406,9 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
         now = time.monotonic()
         if now - shown > 5:
             shown = now
-            done = sizes.total()
-            left = timedelta(seconds=int((len(sources) - done) * (now - begin) / done))
-            print(f"{title}: {done:,} of {len(sources):,} images, {left} left", file=sys.stderr)
+            done, count = sizes.total(), len(sources)
+            left = timedelta(seconds=int((count - done) * (now - begin) / done))
+            print(f"{title}: {done:,} of {count:,} images, {left} left", file=sys.stderr)
     warn_of_sizes(title, sizes)
     return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
 
@@ -419,11 +419,9 @@ def warn_of_sizes(title, sizes):
     del sizes[SIZE, SIZE]
     if sizes:
         ((width, height), _) = sizes.most_common(1)[0]
-        share = "all" if sizes.total() == total else f"{sizes.total():,} of"
-        warn_once(
-            f"{title}: {share} {total:,} images are not 112 x 112 but, say, {width} x {height}: "
-            "they are resized; unless they show aligned faces, accuracy will be far too low"
-        )
+        text = f"{sizes.total():,} of {total:,} images are not 112 x 112 but, say, {width} x "
+        text += f"{height}: they are resized; unless they show aligned faces, accuracy is too low"
+        warn_once(f"{title}: {text}")
 
 
 def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
@@ -436,17 +434,16 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
     if benchmark.pairs is None:
         resolutions = [SIZE]
     every_px = sorted({*resolutions, SIZE})
+    title, sources = benchmark.name, benchmark.sources
     try:
-        embeddings = embed_sources(
-            backbones, benchmark.name, benchmark.sources, every_px, settings, degrade
-        )
+        embeddings = embed_sources(backbones, title, sources, every_px, settings, degrade)
     except UserError as error:
-        raise UserError(f"{benchmark.name}: {one_line(error)}") from None
+        raise UserError(f"{title}: {one_line(error)}") from None
     dtype = str(precision(settings.device, settings.amp)).removeprefix("torch.")
     rows = []
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
-        row = {"set": benchmark.name, "checkpoint": name, "px": px}
+        row = {"set": title, "checkpoint": name, "px": px}
         row |= {"flip": settings.flip, "precision": dtype}
         if benchmark.pairs is not None:
             row["pairs"] = len(benchmark.pairs.genuine)
@@ -462,7 +459,8 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
 def verify(left, right, benchmark, kind):
     """Verifies the pairs of two sets of embeddings (n, D) -> entries of a row of results."""
     first, second, genuine = benchmark.pairs
-    scores = (left[first] * right[second]).sum(1).double().numpy()
+    cosines = (left[first] * right[second]).sum(1)
+    scores = cosines.double().numpy()
     accuracy, std, threshold = ten_folds(scores, genuine, benchmark.thresholds)
     roc = roc_curve(scores, genuine)
     return {
@@ -481,9 +479,11 @@ def search(sharp, degraded, benchmark):
     rows = []
     for part, probes in benchmark.probes.items():
         cmc = identify(sharp[gallery], identity[gallery], degraded[probes], identity[probes])
-        without_mate = len(probes) - benchmark.count_mates(probes)
-        row = {"part": part, "probes": len(probes), "without_mate": without_mate}
-        rows.append(row | {"rank1": cmc[0], "rank5": cmc[4], "rank20": cmc[19], "cmc": cmc})
+        row = {"part": part, "probes": len(probes)}
+        row["without_mate"] = len(probes) - benchmark.count_mates(probes)
+        for k in (1, 5, 20):
+            row[f"rank{k}"] = cmc[k - 1]
+        rows.append(row | {"cmc": cmc})
     if len(rows) > 1:
         average = {"part": "average", "probes": None, "without_mate": None}
         for key in ("rank1", "rank5", "rank20"):
@@ -521,7 +521,9 @@ def cell(key, value):
         return "-"
     if key.endswith("threshold"):
         return f"{value:.3f}"
-    return f"{100 * value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{100 * value:.2f}"
+    return str(value)
 
 
 def table(rows):
@@ -533,16 +535,15 @@ def table(rows):
     cells = [[COLUMNS[key] for key in keys]]
     for row in rows:
         cells.append([cell(key, row[key]) for key in keys])
-    widths = [max(len(text) for text in column) for column in zip(*cells)]
-    lines = [f"\n{first['set']}, flip test {first['flip']}, {first['precision']}; shares in %"]
+    text = f"\n{first['set']}, flip test {first['flip']}, {first['precision']}; shares in %\n"
     if "pairs" in first:
-        lines.append(
-            f"{first['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
-            "threshold: the cosine from which to accept"
-        )
-    for texts in cells:
-        lines.append("  ".join(text.rjust(width) for text, width in zip(texts, widths)))
-    return "\n".join(lines) + "\n"
+        text += f"{first['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
+        text += "threshold: the cosine from which to accept\n"
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        padded = [entry.rjust(width) for entry, width in zip(line, widths)]
+        text += "  ".join(padded) + "\n"
+    return text
 
 
 def plot(folder, rows):
@@ -559,8 +560,9 @@ def plot(folder, rows):
         name = name.replace("$", r"\$")  # which matplotlib takes for mathematics
         for kind in ("both", "cross"):
             if f"{kind}_accuracy" in own[0]:
-                points = {row["px"]: row[f"{kind}_accuracy"] for row in own}
-                accuracy.plot(*zip(*sorted(points.items())), marker="o", label=f"{name}, {kind}")
+                points = sorted((row["px"], row[f"{kind}_accuracy"]) for row in own)
+                px, shares = zip(*points)
+                accuracy.plot(px, shares, marker="o", label=f"{name}, {kind}")
         for row in own:
             label = f"{name}, {row.get('part') or row['px']}"
             if row.get("cross_roc"):
@@ -618,8 +620,9 @@ def match(backbones, images, settings):
     for name in backbones:
         pairs = itertools.combinations(zip(images, embeddings[name, SIZE]), 2)
         for (a, x), (b, y) in pairs:
-            rows.append({"checkpoint": name, "match": [a, b], "cosine": float(x @ y)})
-            print(f"{x @ y:7.3f}  {a}  {b}  {name}")
+            cosine = float(x @ y)
+            rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
+            print(f"{cosine:7.3f}  {a}  {b}  {name}")
     return rows
 
 
@@ -691,16 +694,14 @@ def run(main):
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if "DataLoader worker" in text:
-            raise SystemExit(
-                "error: a process that reads images was killed, probably for want of memory: give "
-                "--workers 0, or docker run --shm-size=8g; train.py's same command goes on"
-            ) from None
+            text = "a process that reads images was killed, probably for want of memory: give "
+            text += "--workers 0, or docker run --shm-size=8g; train.py's same command goes on"
         # The allocator of CPUs raises a mere RuntimeError.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            raise SystemExit(
-                "error: out of memory (in train.py a smaller --batch-size needs less)"
-            ) from None
-        raise
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            text = "out of memory (in train.py a smaller --batch-size needs less)"
+        else:
+            raise
+        raise SystemExit(f"error: {text}") from None
 
 
 @functools.cache  # so that a process prints the same text once
@@ -757,23 +758,20 @@ def open_image(source):
 
 def to_pixels(image):
     """An RGB image of Pillow's -> (112, 112, 3) uint8."""
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.array(image)
+    return np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def read_images(sources):
     """Reads n faces from paths or the bytes of image files -> (n, 3, 112, 112) uint8 RGB."""
-    pixels, _ = read_batch(sources)
-    return pixels
+    return read_batch(sources)[0]
 
 
 def read_batch(sources):
     """The same, and the sizes that the images had."""
     images = [open_image(source) for source in sources]
-    faces = np.stack([to_pixels(image) for image in images])
     sizes = [image.size for image in images]
-    return torch.from_numpy(faces).permute(0, 3, 1, 2), sizes
+    pixels = np.stack([to_pixels(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes
 
 
 def is_hidden(name):
@@ -864,8 +862,10 @@ def number(kind, low, high=1e9):
 def existing_device(text):
     """An argparse type: the CPU, or a CUDA GPU that this machine has."""
     count = torch.cuda.device_count()
-    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))]
-    if text not in known or (text == "cuda" and count == 0):
+    known = [f"cuda:{i}" for i in range(count)]
+    if count > 0:
+        known.append("cuda")
+    if text not in ("cpu", *known):
         raise argparse.ArgumentTypeError(f"{text}: there are the CPU and {count} CUDA GPUs here")
     return torch.device(text)
 

@@ -735,7 +735,7 @@ def test_unaligned_images_and_pairs_of_one_image_are_warned_of(folder, files, ca
         file.write("\nP0\t1\t1\nP1\t2\t2")
     evaluate.evaluate({"net": small_backbone()}, read_lfw("lfw"), [7], FLOAT32)
     printed = capsys.readouterr().err
-    assert "LFW: all 32 images are not 112 x 112 but, say, 250 x 250: they are resized" in printed
+    assert "LFW: 32 of 32 images are not 112 x 112 but, say, 250 x 250: they are resized" in printed
     assert "LFW: 2 pairs are an image and itself" in printed
     write("set.bin", pickle.dumps(([files[0], files[0], *files[2:20]], [1, 0] * 5)))
     read_bin("set.bin")
@@ -1145,7 +1145,7 @@ def test_resuming_refuses_contradictions_and_damage(folder):
         with pytest.raises(UserError, match=rf"last.pt was made with {name} .*, not {value}"):
             tiny_run(**options, **{name: value})
     torch.save(state | {"step": 5}, "run/last.pt")
-    with pytest.raises(UserError, match=r"last.pt has done 5 steps, --epochs makes 4 only"):
+    with pytest.raises(UserError, match=r"last.pt is at step 5, --epochs ends at step 4"):
         tiny_run(**options)
     torch.save(state | {"args": state["args"] | {"processes": 2}}, "run/last.pt")
     with pytest.raises(UserError, match=r"last.pt was made with processes 2, not 1"):
@@ -1173,12 +1173,12 @@ def test_other_labels_are_refused_on_resuming(folder):
     shutil.copytree(folder, "data")
     tiny_run(data="data")
     os.rename("data/P0", "data/Q0")  # as many images and identities, other labels
-    with pytest.raises(UserError, match=r"last.pt was made with other images or labels than"):
+    with pytest.raises(UserError, match=r"last.pt was made with other images or labels: give"):
         tiny_run(data="data", epochs=2)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder):
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+: lower --lr"):
+    with pytest.raises(UserError, match=r"loss (nan|inf) at step \d+: give a lower --lr"):
         tiny_run(data=folder, epochs=9, lr=1e9)
 
 
@@ -1334,7 +1334,10 @@ BAD_COMMANDS = [
     ("train.py --maug none --loss none --camera 1", "--maug none leaves no degraded faces"),
     ("train.py --camera 1.1", "1.1 is not from 0 to 1"),
     ("train.py --lr nan", "--lr: nan is not from 0"),
-    ("train.py --batch-size 5000", "2400 images are there, for 1 processes: at most 2400"),
+    (
+        "train.py --batch-size 5000",
+        "2400 images of 150 identities: --batch-size can be 2400 at most",
+    ),
     ("train.py --init net.pt", "a backbone of width 4 cannot"),
     ("train.py --loss l1 --p 2", "--p is the exponent of --loss logexp"),
     ("evaluate.py net.pt", "nothing to do: give --lfw"),

@@ -34,7 +34,7 @@ import lrfr
 from evaluate import SIZE, UserError, warn_once
 
 TORCHRUN_SETS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-UNDER_TORCHRUN = all(name in os.environ for name in TORCHRUN_SETS)
+UNDER_TORCHRUN = os.environ.keys() >= TORCHRUN_SETS
 RANKS = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1  # how many processes it has started
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # which of them this one is
 
@@ -70,8 +70,8 @@ def parse_arguments(argv):
     number = evaluate.number
     add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
     add("--maug", "1:1:2", "ratio of the resolutions; none: no degraded faces")
-    text = "resolutions of MAug, in pixels"
-    add("--resolutions", [7, 14, 20], text, number(int, 2, SIZE), nargs="+")
+    pixels = number(int, 2, SIZE)
+    add("--resolutions", [7, 14, 20], "resolutions of MAug, in pixels", pixels, nargs="+")
     text = "share of the degraded faces that a simulated camera degrades, not bicubic resizing"
     add("--camera", 0.0, text, number(float, 0, 1))
     add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
@@ -153,7 +153,8 @@ class Run:
 
 def train(run):
     """Trains from run.step on to the end."""
-    args, model, optimiser, scaler = run.args, run.model, run.optimiser, run.scaler
+    args, model = run.args, run.model
+    optimiser, scaler = run.optimiser, run.scaler
     network = model
     if RANKS > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -162,7 +163,10 @@ def train(run):
     per_step = args.batch_size * RANKS
     per_epoch = len(run.faces) // per_step
     steps = per_epoch * args.epochs
-    order = batches(len(run.faces), args.batch_size, args.seed, range(run.step, steps))
+    if run.step > steps:
+        raise UserError(f"{args.out}/last.pt is at step {run.step}, --epochs ends at step {steps}")
+    to_do = range(run.step, steps)
+    order = batches(len(run.faces), args.batch_size, args.seed, to_do)
     on_gpu = args.device.type == "cuda"
     loader = DataLoader(run.faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
     if not run.evaluated:  # the run was interrupted between its last checkpoint and that table
@@ -173,9 +177,10 @@ def train(run):
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed(args.seed * 1_000_003 + run.step + RANK * 7_919_000_003)
         optimiser.param_groups[0]["lr"] = learning_rate(run.step, steps, args.lr)
-        images = images.to(args.device, non_blocking=on_gpu).permute(0, 3, 1, 2)
-        labels = labels.to(args.device, non_blocking=on_gpu)
-        images = jitter(lrfr.to_input(images, args.device), args.jitter)
+        images = images.to(args.device, non_blocking=True).permute(0, 3, 1, 2)
+        labels = labels.to(args.device, non_blocking=True)
+        images = lrfr.to_input(images, args.device)
+        images = jitter(images, args.jitter)
         with evaluate.autocast(args.device, args.amp):  # head and losses leave it again
             loss, parts = network(images, labels)  # degrades, embeds, classifies: LRFR.forward
         scaler.scale(loss).backward()
@@ -194,14 +199,19 @@ def train(run):
             reported = now
             seconds = (now - started) / (run.step - begin)
             left = timedelta(seconds=int((steps - run.step) * seconds))
-            entry = {"step": run.step, **read_losses(loss, parts, run.step)}
-            text = f"epoch {math.ceil(run.step / per_epoch)}/{args.epochs}"
-            text += f"  step {run.step:,}/{steps:,}"
-            text += "".join(f"  {name} {entry[name]:.3g}" for name in ("loss", *parts))
             rate = per_step / max(seconds, 1e-9)
+            epoch = math.ceil(run.step / per_epoch)
+            losses = {"loss": loss.item()}  # here the CPU waits for a GPU
+            for name, value in parts.items():
+                losses[name] = value.item()
+            if not loss.isfinite():
+                raise UserError(f"loss {loss} at step {run.step}: give a lower --lr, a new --out")
+            text = f"epoch {epoch}/{args.epochs}  step {run.step:,}/{steps:,}"
+            for name, value in losses.items():
+                text += f"  {name} {value:.3g}"
             text += f"  {rate:.0f} faces/s  {left} left"
-            entry |= {"lr": optimiser.param_groups[0]["lr"], "faces_per_s": rate}
-            report(args, text, entry)
+            lr = optimiser.param_groups[0]["lr"]
+            report(args, text, {"step": run.step, **losses, "lr": lr, "faces_per_s": rate})
         if saves:
             last_of_epoch = epoch_ends and run.faces.evaluated_each_epoch
             run.evaluated = not (last_of_epoch or run.step == steps)
@@ -210,23 +220,11 @@ def train(run):
             run_benchmarks(run)
 
 
-def read_losses(loss, parts, step):
-    """The loss and its parts as numbers, for which the CPU waits for a GPU."""
-    losses = {"loss": loss.item()}
-    for name, value in parts.items():
-        losses[name] = value.item()
-    if not math.isfinite(losses["loss"]):
-        raise UserError(
-            f"the loss is {losses['loss']} at step {step}: lower --lr, and give another --out"
-        )
-    return losses
-
-
 def report(args, text, entry):
     """Prints a line for the reader, and adds one of JSON to the log."""
     if RANK == 0:
         print(text, flush=True)
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+        with open(Path(args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(entry, default=str) + "\n")
 
 
@@ -237,14 +235,13 @@ def run_benchmarks(run):
     mode = backbone.training
     backbone.eval()
     for benchmark in run.benchmarks:
+        named = {args.out: backbone}
         try:
-            rows = evaluate.evaluate(
-                {args.out: backbone}, benchmark, evaluate.RESOLUTIONS, settings
-            )
+            rows = evaluate.evaluate(named, benchmark, evaluate.RESOLUTIONS, settings)
         except UserError as error:
             warn_once(f"not evaluated: {error}")
-            continue
-        report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
+        else:
+            report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
     backbone.train(mode)
     run.evaluated = True
     if run.benchmarks:
@@ -259,11 +256,8 @@ def join_processes():
     sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     launched = max(int(os.environ.get(name) or 1) for name in sizes)
     if launched > 1 and not UNDER_TORCHRUN:
-        missing = ", ".join(sorted(TORCHRUN_SETS - set(os.environ)))
-        raise UserError(
-            f"one of {launched} processes, without {missing}: they would train side by side, not "
-            "together: start with torchrun, as the README shows"
-        )
+        missing = ", ".join(sorted(TORCHRUN_SETS - os.environ.keys()))
+        raise UserError(f"one of {launched} processes, without {missing}: start with torchrun")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # The others wait while the first one evaluates.
@@ -282,29 +276,39 @@ def prepare(argv):
     embed_dim = backbone.fc.out_features
     distance = DISTANCES[args.loss]
     if args.loss == "logexp":
-        distance = functools.partial(distance, p=args.p)
+        distance = functools.partial(lrfr.logexp_loss, p=args.p)
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
     if state is not None:
-        check_options(args, state)
+        check_same(args, state)  # here the options, below the data as well
     faces, benchmarks = open_data(args)
-    args.images, args.classes, args.fingerprint = len(faces), faces.classes, faces.fingerprint
+    args.images = len(faces)
+    args.classes = faces.classes
+    args.fingerprint = faces.fingerprint
+    maug = make_maug(args)
     head = lrfr.ArcFace(args.classes, embed_dim, args.scale, args.margin)
-    model = lrfr.LRFR(backbone, head, make_maug(args), distance, args.weight, args.pull == "both")
+    pull_both = args.pull == "both"
+    model = lrfr.LRFR(backbone, head, maug, distance, args.weight, pull_both)
     model = model.train().to(args.device, memory_format=torch.channels_last)
+    on_gpu = args.device.type == "cuda"
     optimiser = torch.optim.SGD(
         model.parameters(),
         momentum=0.9,
         nesterov=True,
         weight_decay=5e-4,
-        fused=args.device.type == "cuda",
+        fused=on_gpu,
     )
     fp16 = evaluate.precision(args.device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
     run = Run(args, faces, benchmarks, model, optimiser, scaler)
     if state is not None:
-        check_data(args, state)
-        restore(run, state)
+        check_same(args, state)
+        for name, part in parts_of(run).items():
+            if state[name]:  # the scaler has a state in float16 only
+                part.load_state_dict(state[name])
+        optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
+        run.step = state["step"]
+        run.evaluated = state.get("evaluated", True)
     return run
 
 
@@ -312,12 +316,10 @@ def check_folders(args):
     """Checks --data and --out."""
     if args.data != "demo":
         if not os.path.isdir(args.data):
-            raise UserError(
-                f"--data {args.data}: no such folder, of identity/image.jpg or train.rec; MS1M: "
-                "github.com/deepinsight/insightface/wiki/Dataset-Zoo; or try --data demo"
-            )
+            text = "no such folder, of identity/image.jpg or train.rec (InsightFace's Dataset-Zoo)"
+            raise UserError(f"--data {args.data}: {text}; --data demo needs none")
         args.data = os.path.realpath(args.data)
-        if Path(os.path.realpath(args.out)).is_relative_to(args.data):
+        if Path(args.out).resolve().is_relative_to(args.data):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
     os.makedirs(args.out, exist_ok=True)
 
@@ -336,43 +338,41 @@ def use_device(args):
 def make_backbone(args, state):
     """The backbone of a checkpoint's depth and width, of --init, or a new one."""
     if state is not None:
-        backbone = evaluate.load_backbone(os.path.join(args.out, "last.pt"))
+        backbone = evaluate.load_backbone(Path(args.out, "last.pt"))
     elif args.init is not None:
         backbone = evaluate.load_backbone(args.init)
     else:
         backbone = lrfr.IResNet(int(args.backbone[1:]), args.width)
-    if args.device.type == "cpu" and backbone.conv1.out_channels < 16:
-        raise UserError(
-            f"a backbone of width {backbone.conv1.out_channels} cannot train on a CPU: below 16 "
-            "channels, oneDNN's channels-last convolutions write outside of their memory (oneDNN "
-            "issue 6035): give --width 16 or more"
-        )
+    width = backbone.conv1.out_channels
+    if args.device.type == "cpu" and width < 16:  # oneDNN would write outside of its memory
+        text = "cannot train on a CPU (oneDNN issue 6035): give --width 16 or more"
+        raise UserError(f"a backbone of width {width} {text}")
     return backbone
 
 
 def default_weight(distance, embed_dim):
-    """The weight with which a distance pulls as strongly as 300 of LogExp(1) in 512 dimensions.
-
-    As strongly: with a gradient of the same norm, for unit embeddings at a cosine of one half.
-    """
-
-    def gradient_norm(distance, embed_dim):
-        generator = torch.Generator().manual_seed(0)
-        x, other = torch.randn(2, 64, embed_dim, dtype=torch.float64, generator=generator)
-        x = F.normalize(x)
-        across = F.normalize(other - (other * x).sum(1, keepdim=True) * x)
-        y = (x + math.sqrt(3) * across) / 2
-        (gradient,) = torch.autograd.grad(distance(x.requires_grad_(), y), x)
-        return gradient.norm().item()
-
-    weight = 300 * gradient_norm(lrfr.logexp_loss, 512) / gradient_norm(distance, embed_dim)
+    """The weight with which a distance pulls as strongly as 300 of LogExp(1) in 512 dimensions."""
+    weight = 300 * pull_of(lrfr.logexp_loss, 512) / pull_of(distance, embed_dim)
     return float(f"{weight:.2g}")
+
+
+def pull_of(distance, embed_dim):
+    """The norm of a distance's gradient for unit embeddings at a cosine of one half."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(2, 64, embed_dim, dtype=torch.float64, generator=generator)
+    x = F.normalize(x)
+    along = (other * x).sum(1, keepdim=True) * x
+    across = F.normalize(other - along)
+    y = (x + math.sqrt(3) * across) / 2
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(distance(x, y), x)
+    return gradient.norm().item()
 
 
 def read_last(args):
     """The checkpoint in the run's folder, None if there is none."""
-    path = os.path.join(args.out, "last.pt")
-    if not os.path.exists(path):
+    path = Path(args.out, "last.pt")
+    if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -384,41 +384,27 @@ def read_last(args):
     return state
 
 
-def check_options(args, state):
-    """Refuses to go on with other options than those of the checkpoint."""
-    may_change = {"data", "epochs", "out", "holdout", "workers", "device", "amp", "save_every"}
+def check_same(args, state):
+    """Refuses to go on with other options or data than the checkpoint's, wherever the data lies."""
+    may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
     old = state["args"]
     for key, new in vars(args).items():
-        if key in may_change or key not in old or (key == "init" and new is None):
+        if key in may_change or key not in old or old[key] == new:
             continue
-        if old[key] != new:
-            raise UserError(
-                f"{args.out}/last.pt was made with {key} {old[key]}, not {new}: give the same, or "
-                "another --out"
-            )
-
-
-def check_data(args, state):
-    """Refuses to go on with other data, wherever it lies now, or beyond the last step."""
-    old = state["args"]
-    for key in ("fingerprint", "images", "classes", "holdout"):
-        if key in old and old[key] not in (getattr(args, key), None):
-            raise UserError(
-                f"{args.out}/last.pt was made with other images or labels than those of --data: "
-                f"{key} {old[key]}, not {getattr(args, key)}"
-            )
-    steps = args.images // (args.batch_size * RANKS) * args.epochs
-    if state["step"] > steps:
-        raise UserError(
-            f"{args.out}/last.pt has done {state['step']} steps, --epochs makes {steps} only"
-        )
+        if key in ("init", "holdout") and new is None:  # not given again
+            continue
+        what = f"{key} {old[key]}, not {new}"
+        if key == "fingerprint":
+            what = "other images or labels"
+        text = f"{args.out}/last.pt was made with {what}"
+        raise UserError(f"{text}: give the same, or another --out")
 
 
 def begin_together(run, problem):
     """Ends every process if one of them has a problem, or if they do not begin with the same."""
     mine = {"problem": problem}
     if run is not None:
-        mine = {"problem": None, "fingerprint": run.args.fingerprint, "step": run.step}
+        mine |= {"fingerprint": run.args.fingerprint, "step": run.step}
     everyone = [None] * RANKS
     distributed.all_gather_object(everyone, mine)
     for rank, other in enumerate(everyone):
@@ -429,10 +415,8 @@ def begin_together(run, problem):
         if other["fingerprint"] != first["fingerprint"]:
             raise UserError(f"--data holds other images or labels for process {rank} than for 0")
         if other["step"] != first["step"]:
-            raise UserError(
-                f"process 0 is at step {first['step']}, process {rank} at step {other['step']}: "
-                "--out must be a folder that all machines share, or be copied to each of them"
-            )
+            text = f"process 0 is at step {first['step']}, process {rank} at step {other['step']}"
+            raise UserError(f"{text}: --out must be a folder that all machines share, or a copy")
 
 
 def parts_of(run):
@@ -445,35 +429,32 @@ def parts_of(run):
     }
 
 
-def restore(run, state):
-    for name, part in parts_of(run).items():
-        if state[name]:  # the scaler has a state in float16 only
-            part.load_state_dict(state[name])
-    run.step = state["step"]
-    run.evaluated = state.get("evaluated", True)
-
-
 def save_last(run):
     """Writes the run's checkpoint, in the first process."""
     if RANK == 0:
-        state = {name: part.state_dict() for name, part in parts_of(run).items()}
-        state |= {"step": run.step, "evaluated": run.evaluated, "args": vars(run.args)}
-        with evaluate.new_file(os.path.join(run.args.out, "last.pt")) as file:
+        state = {"step": run.step, "evaluated": run.evaluated, "args": vars(run.args)}
+        for name, part in parts_of(run).items():
+            state[name] = part.state_dict()
+        with evaluate.new_file(Path(run.args.out, "last.pt")) as file:
             torch.save(state, file)
 
 
 def show_faces(args, faces):
     """Draws faces.png: eight faces, each above its degraded versions."""
-    chosen = [faces[i][0] for i in np.linspace(0, len(faces) - 1, 8).astype(int)]
-    sharp = lrfr.to_input(torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2), "cpu")
+    places = np.linspace(0, len(faces) - 1, 8).astype(int)
+    chosen = [faces[i][0] for i in places]
+    pixels = torch.from_numpy(np.stack(chosen))
+    sharp = lrfr.to_input(pixels.permute(0, 3, 1, 2), "cpu")
     rows = [sharp]
-    for px in args.resolutions if args.maug != "none" else []:
-        if args.camera < 1:
-            rows.append(lrfr.degrade(sharp, px))
-        if args.camera > 0:
-            rows.append(lrfr.photograph(sharp, px))
-    with evaluate.new_file(os.path.join(args.out, "faces.png")) as file:
-        save_image((torch.cat(rows) + 1) / 2, file, "PNG", nrow=8, padding=0)
+    if args.maug != "none":
+        for px in args.resolutions:
+            if args.camera < 1:
+                rows.append(lrfr.degrade(sharp, px))
+            if args.camera > 0:
+                rows.append(lrfr.photograph(sharp, px))
+    picture = (torch.cat(rows) + 1) / 2
+    with evaluate.new_file(Path(args.out, "faces.png")) as file:
+        save_image(picture, file, "PNG", nrow=8, padding=0)
 
 
 # ---- 4. Data -------------------------------------------------------------------------------------
@@ -487,7 +468,7 @@ class Faces(Dataset):
 
     evaluated_each_epoch = False
 
-    def __init__(self, sources, labels, classes, fingerprint):
+    def __init__(self, sources, labels, classes, fingerprint=""):
         self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
@@ -513,9 +494,7 @@ class Faces(Dataset):
 def read_face(source):
     image = evaluate.open_image(source)
     if image.size != (SIZE, SIZE):
-        warn_once(
-            "some images to train on are not 112 x 112: they are resized, and should be aligned"
-        )
+        warn_once("some images to train on are not 112 x 112, but resized: they should be aligned")
     return evaluate.to_pixels(image)
 
 
@@ -532,9 +511,7 @@ def image_folder(root):
             continue
         images = evaluate.images_below(folder)
         if any(os.path.dirname(image) != folder for image in images):
-            raise UserError(
-                f"{folder} holds folders of images: should --data be that folder? Else move them up"
-            )
+            raise UserError(f"{folder} holds folders of images: should --data be that folder?")
         if images:
             paths += images
             labels += [classes] * len(images)
@@ -553,7 +530,8 @@ MAGIC = 0xCED7230A  # begins each record of an MXNet RecordIO file
 
 def read_head(file):
     """The flag and the length of the record, or part of a record, that begins at the position."""
-    magic, word = struct.unpack("<II", file.read(8).ljust(8, b"\0"))
+    magic = int.from_bytes(file.read(4), "little")
+    word = int.from_bytes(file.read(4), "little")
     if magic != MAGIC:
         raise UserError(f"{file.name}: no whole record before byte {file.tell()}: is it cut short?")
     return word >> 29, word & (2**29 - 1)
@@ -564,7 +542,8 @@ def read_label(file, offset):
     file.seek(offset)
     _, length = read_head(file)
     # A count, a label and two ids; where the count is not 0, so many labels follow instead.
-    count, label, first = struct.unpack("<If16xf", file.read(28).ljust(28, b"\0"))
+    numbers = file.read(28).ljust(28, b"\0")
+    count, label, first = struct.unpack("<If16xf", numbers)
     if count > 0:
         label = first
     return label, length > 24 + 4 * count
@@ -576,7 +555,8 @@ def read_record(path, offset):
     Where a payload holds the magic number itself, it was split into parts, flagged 1, 2 ... 2, 3,
     and the number left out. A whole payload has the flag 0.
     """
-    parts, flag = [], 1  # as if more parts followed
+    parts = []
+    flag = 1  # as if more parts followed
     with open(path, "rb") as file:  # opened anew, so that processes share no position in it
         file.seek(offset)
         while flag in (1, 2):
@@ -599,7 +579,8 @@ class RecordFaces(Faces):
     evaluated_each_epoch = True  # on the .bin sets beside it
 
     def __init__(self, root):
-        self.path, index = os.path.join(root, "train.rec"), os.path.join(root, "train.idx")
+        self.path = os.path.join(root, "train.rec")
+        index = os.path.join(root, "train.idx")
         properties = Path(root, "property")
         try:
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
@@ -610,8 +591,8 @@ class RecordFaces(Faces):
                 if not has_image:
                     offsets = offsets[(keys > keys[0]) & (keys < end)]
                 if properties.exists():
-                    classes = int(properties.read_text().partition(",")[0])
-                    labels = range(classes)
+                    classes, _, _ = properties.read_text().partition(",")
+                    labels = range(int(classes))
                 else:
                     labels = {read_label(file, offset)[0] for offset in offsets}
         except (OSError, ValueError, IndexError, UserError) as error:
@@ -651,24 +632,31 @@ def draw_face(person, rng):
     person: (10, 7) numbers in [-1, 1], how each of the ten ellipses differs from FACE.
     """
     grey = int(rng.integers(90, 170))
-    image = Image.new("RGB", (2 * SIZE, 2 * SIZE), (grey, grey, grey))  # twice as large at first
+    background = (grey, grey, grey)
+    image = Image.new("RGB", (2 * SIZE, 2 * SIZE), background)  # twice as large at first
     canvas = ImageDraw.Draw(image)
     turn, nod = rng.normal(0, 0.5, 2)  # of the head: what lies nearer to the camera moves more
-    for depth, (part, own) in enumerate(zip(FACE, person)):
-        colour, x, y, width, height = part
-        red, green, blue = (colour + 10 * own[:3]).astype(int)
-        width, height = width * (1 + 0.2 * own[3]), height * (1 + 0.2 * own[4])
-        y = y + 3 * own[5] + (depth - 5) * nod
+    for i, own in enumerate(person):
+        colour, x, y, width, height = FACE[i]
+        depth = i - 5
+        fill = (colour + 10 * own[:3]).astype(int)
+        width *= 1 + 0.2 * own[3]
+        height *= 1 + 0.2 * own[4]
+        y += 3 * own[5]
+        y += depth * nod
         if x > 0:
-            x = x + 3 * own[6]
-        for side in (-1, 1):
-            middle = SIZE / 2 + side * x + (depth - 5) * turn
-            box = np.array([middle - width, y - height, middle + width, y + height])
-            canvas.ellipse(list(2 * box), fill=(red, green, blue))
-    image = image.rotate(rng.normal(0, 5), Image.Resampling.BICUBIC, fillcolor=(grey, grey, grey))
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
+            x += 3 * own[6]
+        for side in (-x, x):
+            middle = SIZE / 2 + side + depth * turn
+            left, right = middle - width, middle + width
+            box = np.array([left, y - height, right, y + height])
+            canvas.ellipse(list(2 * box), fill=tuple(fill))
+    angle = rng.normal(0, 5)
+    image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=background)
+    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     light = rng.uniform(0.7, 1.3, 3)  # red, green, blue
-    pixels = pixels * light + rng.normal(0, 8, (SIZE, SIZE, 3))
+    noise = rng.normal(0, 8, (SIZE, SIZE, 3))
+    pixels = np.asarray(image) * light + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -688,7 +676,7 @@ def open_data(args):
     """--data -> faces to train on, and benchmarks for the first process."""
     if args.data == "demo":
         return open_demo(args)
-    if os.path.exists(os.path.join(args.data, "train.rec")):
+    if Path(args.data, "train.rec").exists():
         return open_records(args)
     return open_folder(args)
 
@@ -711,11 +699,12 @@ def open_records(args):
     faces = RecordFaces(args.data)
     check_size(args, len(faces), faces.classes)
     benchmarks = []
-    for path in sorted(Path(args.data).glob("*.bin")) if RANK == 0 else []:
-        try:
-            benchmarks.append(evaluate.read_bin(path))
-        except UserError as error:
-            warn_once(f"passed over, though it ends in .bin: {error}")
+    if RANK == 0:
+        for path in sorted(Path(args.data).glob("*.bin")):
+            try:
+                benchmarks.append(evaluate.read_bin(path))
+            except UserError as error:
+                warn_once(f"passed over, though it ends in .bin: {error}")
     return faces, benchmarks
 
 
@@ -727,27 +716,26 @@ def open_folder(args):
     if args.holdout > max(0, identities - 2):
         raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
     classes = identities - args.holdout
-    kept = int((labels < classes).sum())  # the identities that are held out come last
+    kept = np.count_nonzero(labels < classes)  # the identities that are held out come last
     check_size(args, kept, classes)
     benchmarks = []
     if args.holdout > 0 and RANK == 0:
         benchmarks = hold_out("held-out identities", paths[kept:], labels[kept:])
-    lines = [f"{path[len(args.data) :]} {label}" for path, label in zip(paths[:kept], labels)]
+    paths, labels = paths[:kept], labels[:kept]
+    lines = []
+    for path, label in zip(paths, labels):
+        lines.append(f"{path.removeprefix(args.data)} {label}")
     fingerprint = hash_of("\n".join(lines).encode(errors="surrogateescape"))
-    return Faces(paths[:kept], labels[:kept], classes, fingerprint), benchmarks
+    return Faces(paths, labels, classes, fingerprint), benchmarks
 
 
 def check_size(args, images, classes):
+    there = f"{args.data}: {images} images of {classes} identities"
     if classes < 2:
-        raise UserError(
-            f"{args.data}: {images} images of {classes} identities to train on: two identities or "
-            "more are needed, as identity/image.jpg or train.rec with train.idx"
-        )
-    if args.batch_size * RANKS > images:
-        raise UserError(
-            f"--batch-size {args.batch_size}: {images} images are there, for {RANKS} processes: at "
-            f"most {images // RANKS}"
-        )
+        raise UserError(f"{there}: two are needed, as identity/image.jpg or train.rec, train.idx")
+    most = images // RANKS
+    if args.batch_size > most:
+        raise UserError(f"{there}: --batch-size can be {most} at most, with {RANKS} processes")
 
 
 def hold_out(name, sources, labels):
@@ -766,12 +754,13 @@ def hold_out(name, sources, labels):
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
-    count = min(3000, same.sum(), (~same).sum()) // 5 * 5  # both kinds together fill ten folds
+    genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
+    count = min(3000, len(genuine), len(impostor)) // 5 * 5  # both kinds together fill ten folds
     if count == 0:
         warn_once(f"no table at the end: the {name} make fewer than five pairs of one kind")
         return []
-    genuine = rng.choice(np.flatnonzero(same), count, replace=False)
-    impostor = rng.choice(np.flatnonzero(~same), count, replace=False)
+    genuine = rng.choice(genuine, count, replace=False)
+    impostor = rng.choice(impostor, count, replace=False)
     order = np.stack([genuine, impostor], 1).ravel()  # in turn, so that each fold has both kinds
     pairs = evaluate.Pairs(first[order], second[order], same[order])
     chosen_sources = [sources[i] for i in chosen]
@@ -788,10 +777,13 @@ def jitter(images, strength):
     if strength == 0:
         return images
     draws = strength * (2 * torch.rand(6, len(images)) - 1)
-    angle, zoom, x, y, brightness, contrast = draws.to(images.device, non_blocking=images.is_cuda)
+    draws = draws.to(images.device, non_blocking=True)
+    angle, zoom, x, y, brightness, contrast = draws
     angle = math.radians(9) * angle
-    cos, sin = (1 + 0.15 * zoom) * angle.cos(), (1 + 0.15 * zoom) * angle.sin()
-    matrices = torch.stack([cos, -sin, 0.1 * x, sin, cos, 0.1 * y], 1).view(-1, 2, 3)
+    scale = 1 + 0.15 * zoom
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [cos, -sin, 0.1 * x, sin, cos, 0.1 * y]
+    matrices = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)  # grey outside
     brightness = 1 + 0.3 * brightness.view(-1, 1, 1, 1)
@@ -812,7 +804,8 @@ def batches(count, batch_size, seed, steps):
         epoch, i = divmod(step, count // per_step)
         if i == 0 or step == steps[0]:
             order = np.random.default_rng([seed, epoch]).permutation(count)
-        yield order[i * per_step : (i + 1) * per_step][RANK::RANKS].tolist()
+        own = order[i * per_step + RANK :: RANKS]
+        yield own[:batch_size].tolist()
 
 
 # ---- 5. Command line -----------------------------------------------------------------------------
@@ -823,22 +816,23 @@ def main(argv=None):
     run, problem = None, None
     try:
         run = prepare(argv)
-    except (UserError, OSError, SystemExit) as error:
+    except (UserError, OSError) as error:
         if RANKS == 1:
             raise
-        problem = str(error)
+        problem = evaluate.one_line(error)
     if RANKS > 1:
         begin_together(run, problem)
     args = run.args
-    text = f"{args.images:,} images of {args.classes:,} identities, {args.batch_size * RANKS} in a "
-    text += f"step; loss {args.loss}"
+    text = f"{args.images:,} images of {args.classes:,} identities"
+    text += f", {args.batch_size * RANKS} in a step; loss {args.loss}"
     if args.loss != "none":
         text += f", weight {args.weight:g}"
     if run.step > 0:
         text += f"; going on from step {run.step:,}"
-    report(args, f"{text}; run: {args.out}", {"args": vars(args)})
+    text += f"; run: {args.out}"
+    report(args, text, {"args": vars(args)})
     if RANK == 0:
-        if run.step == 0 and os.path.exists(os.path.join(args.out, "last.pt")):
+        if run.step == 0 and Path(args.out, "last.pt").exists():
             raise UserError(f"{args.out}: another run has begun there meanwhile: give --out")
         show_faces(args, run.faces)
     if run.step == 0:
