@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Every formula against a slow, obvious version, every command against its promise: pytest -q"""
 
-import copy
 import importlib
 import io
 import json
@@ -11,11 +10,12 @@ import pickle
 import re
 import runpy
 import shutil
-import signal
+import socket
 import struct
 import subprocess
 import sys
 from decimal import Decimal, getcontext
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -132,51 +132,61 @@ def test_degrade_does_to_each_image_what_pillow_does(files):
         assert (difference <= 4).mean() > 0.99
 
 
-def photograph_slow(files, px):
-    """lrfr.photograph by Pillow in float64, with the same draws: (N, 112, 112, 3) grey levels."""
-    ranges = [(0.05, 0.8), (0.7, 1.3), (0.9, 1.1), (0.9, 1.1), (2, 3.5), (0, 12)]
-    strengths = torch.stack([torch.rand(len(files)).double() for _ in ranges], 1)
-    noise = torch.randn(len(files), 3, px, px).permute(0, 2, 3, 1).double().numpy()
-    pictures = []
-    for file, strength, eps in zip(files, strengths.tolist(), noise):
-        drawn = [low + (high - low) * x for (low, high), x in zip(ranges, strength)]
-        sigma, gain, red, blue, log_photons, electronics = drawn
-        blurred = Image.open(io.BytesIO(file)).filter(ImageFilter.GaussianBlur(sigma * 112 / px))
-        small = np.asarray(blurred.resize((px, px), Image.Resampling.BOX)) / 255
-        light = small * gain * np.array([red, 1, blue])
-        light = light + eps * np.sqrt(light / 10**log_photons + (electronics / 255) ** 2)
-        seen = Image.fromarray((255 * light.clip(0, 1)).round().astype(np.uint8))
-        pictures.append(np.asarray(seen.resize((112, 112), Image.Resampling.BILINEAR)))
-    return np.stack(pictures).astype(float)
+def photograph_slow(file, strengths, noise, px):
+    """lrfr.photograph by Pillow in float64: an image file -> (112, 112, 3) grey levels.
+
+    strengths: six numbers from 0 to 1, as they are drawn. noise: (px, px, 3), normal.
+    """
+    sigma = 0.05 + 0.75 * strengths[0]
+    exposure = 0.7 + 0.6 * strengths[1]
+    red = 0.9 + 0.2 * strengths[2]
+    blue = 0.9 + 0.2 * strengths[3]
+    photons = 10 ** (2 + 1.5 * strengths[4])
+    electronics = 12 * strengths[5] / 255
+    image = Image.open(io.BytesIO(file))
+    image = image.filter(ImageFilter.GaussianBlur(sigma * 112 / px))
+    image = image.resize((px, px), Image.Resampling.BOX)
+    light = np.asarray(image) / 255
+    light = light * exposure * np.array([red, 1, blue])
+    light = light + noise * np.sqrt(light / photons + electronics**2)
+    pixels = (255 * light.clip(0, 1)).round()
+    image = Image.fromarray(pixels.astype(np.uint8))
+    return np.array(image.resize((112, 112), Image.Resampling.BILINEAR), float)
 
 
-def test_photograph_does_what_pillow_does_step_by_step(files):
+@pytest.mark.parametrize("px", [7, 14, 20])
+def test_photograph_does_what_pillow_does_step_by_step(px, files):
     images = lrfr.to_input(evaluate.read_images(files), "cpu")
     before = images.clone()
-    for px in (7, 14, 20):
-        torch.manual_seed(px)
-        slow = photograph_slow(files, px)
-        torch.manual_seed(px)
-        ours = (lrfr.photograph(images, px) + 1) * 127.5
-        difference = np.abs(ours.permute(0, 2, 3, 1).numpy() - slow)
-        assert difference.mean() < 1  # Pillow's blur is made of boxes
-        assert (difference <= 5).mean() > 0.99
+    torch.manual_seed(0)
+    ours = (lrfr.photograph(images, px) + 1) * 127.5
     assert torch.equal(images, before)
+    torch.manual_seed(0)
+    strengths = torch.stack([torch.rand(32) for _ in range(6)], 1).tolist()
+    noise = torch.randn(32, 3, px, px).permute(0, 2, 3, 1).double().numpy()
+    slow = [photograph_slow(files[i], strengths[i], noise[i], px) for i in range(32)]
+    difference = np.abs(ours.permute(0, 2, 3, 1).numpy() - np.stack(slow))
+    assert difference.mean() < 1  # Pillow's blur is made of boxes
+    assert (difference <= 5).mean() > 0.99
 
 
 def test_photograph_lights_and_disturbs_a_grey_wall_as_it_says():
     torch.manual_seed(0)
     wall = torch.zeros(400, 3, 112, 112)  # half of white
-    green = (lrfr.photograph(wall, 56)[:, 1] + 1) / 2
-    exposure = 2 * green.mean((1, 2))
-    assert exposure.mean().item() == pytest.approx(1, abs=0.03)
-    assert exposure.std().item() == pytest.approx(0.6 / math.sqrt(12), abs=0.01)
+    shown = (lrfr.photograph(wall, 56) + 1) / 2
+    red, green, blue = 2 * shown.mean((2, 3)).T
+    for gain, largest in ((green, 1.3), (red / green, 1.1), (blue / green, 1.1)):
+        even = torch.linspace(2 - largest, largest, 400)
+        assert (gain.sort().values - even).abs().max() < 0.1 * (largest - 1)
     # Enlarged twice bilinearly, a pixel is 9/16, 3/16, 3/16 and 1/16 of four of the camera's.
-    noise = green.std((1, 2)) / math.sqrt((9**2 + 3**2 + 3**2 + 1**2) / 16**2)
-    assert noise.max() < 1.05 * math.sqrt(0.65 / 10**2 + (12 / 255) ** 2)
-    assert noise.min() > 0.95 * math.sqrt(0.35 / 10**3.5)
-    light, electronics = 0.5 * (10**-2 - 10**-3.5) / math.log(10**1.5), (12 / 255) ** 2 / 3
-    assert noise.square().mean().item() == pytest.approx(light + electronics, rel=0.1)
+    smoothed = math.sqrt(9**2 + 3**2 + 3**2 + 1**2) / 16
+    noise = shown[:, 1].std((1, 2)) / smoothed
+    fewest, most = 10**2, 10**3.5  # photons
+    electronics = 12 / 255
+    loudest = math.sqrt(0.65 / fewest + electronics**2)
+    quietest = math.sqrt(0.35 / most)
+    assert 0.95 * quietest < noise.min() < 2 * quietest
+    assert 0.9 * loudest < noise.max() < 1.05 * loudest
 
 
 def test_photograph_draws_the_same_whatever_threads_precision_and_batch_order():
@@ -187,7 +197,8 @@ def test_photograph_draws_the_same_whatever_threads_precision_and_batch_order():
         torch.manual_seed(3)
         return lrfr.photograph(images, px)
 
-    expected, threads = photograph(), torch.get_num_threads()
+    expected = photograph()
+    threads = torch.get_num_threads()
     assert torch.equal(expected[4:], images[4:])  # from 112 px on, an image stays as it is
     assert not torch.equal(expected[0], expected[3])
     torch.set_num_threads(threads % 2 + 1)
@@ -197,7 +208,8 @@ def test_photograph_draws_the_same_whatever_threads_precision_and_batch_order():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(photograph(), expected)
     half = lrfr.photograph(images.half(), px)
-    assert (half.dtype, half.shape) == (torch.float16, images.shape)
+    assert half.dtype == torch.float16
+    assert half.shape == images.shape
     assert half.abs().max() <= 1
 
 
@@ -235,16 +247,15 @@ def test_iresnet_has_the_names_and_sizes_of_insightface():
     for depth, blocks, entries, parameters in sizes:
         with torch.device("meta"):
             backbone = IResNet(depth)
-        modules = ["conv1", "bn1", "prelu", "bn2", "fc", "features"]
+        expected = {"conv1", "bn1", "prelu", "bn2", "fc", "features"}
         for layer, count in enumerate(blocks, 1):
-            modules += [f"layer{layer}.0.downsample.0", f"layer{layer}.0.downsample.1"]
+            expected |= {f"layer{layer}.0.downsample.0", f"layer{layer}.0.downsample.1"}
             for part in ("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"):
-                modules += [f"layer{layer}.{i}.{part}" for i in range(count)]
+                expected |= {f"layer{layer}.{i}.{part}" for i in range(count)}
         state = backbone.state_dict()
-        assert {name.rpartition(".")[0] for name in state} == set(modules)
+        assert {name.rpartition(".")[0] for name in state} == expected
         assert len(state) == entries
         assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
-        assert state["fc.weight"].shape == (512, 25088)
         assert not backbone.features.weight.requires_grad
 
 
@@ -266,7 +277,6 @@ def test_load_backbone_says_what_a_file_is_instead():
         ({"state_dict": {"model.input_layer.0.weight": torch.zeros(1)}}, "AdaFace's network"),
         ({f"module.features.{name}": tensor for name, tensor in state.items()}, "may be MagFace's"),
         (torchvision.models.resnet18().state_dict(), "not InsightFace's IResNet: Error"),
-        (state | {"fc.bias": torch.zeros(7)}, "size mismatch for fc.bias"),
         ({"a": torch.zeros(1)}, "0 blocks of an IResNet; known are"),
         ({"net": state}, r"no tensors, but \['net'\]: save the state dict alone"),
         (ArcFace(2), "it holds more than tensors: save model.state_dict"),
@@ -277,7 +287,6 @@ def test_load_backbone_says_what_a_file_is_instead():
             load_backbone("net.pt")
     files = [
         (Path("net.pt").read_bytes()[:200], "damaged"),
-        (b"", "damaged"),
         (BOMB, "damaged"),
         (b"\x08\x07\x12\x07pytorch", "ONNX file: .github/from_onnx.py"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
@@ -295,9 +304,11 @@ def test_load_backbone_says_what_a_file_is_instead():
 
 
 def test_embed_gives_unit_vectors_for_every_flip():
-    backbone, images = small_backbone(), random_images(3)
+    backbone = small_backbone()
+    images = random_images(3)
     with torch.no_grad():
-        f, g = backbone(images), backbone(images.flip(3))
+        f = backbone(images)
+        g = backbone(images.flip(3))
     both = torch.cat([F.normalize(f), F.normalize(g)], 1)
     for flip, expected in {"none": f, "sum": f + g, "concat": both}.items():
         expected = expected / expected.norm(dim=1, keepdim=True)
@@ -305,34 +316,14 @@ def test_embed_gives_unit_vectors_for_every_flip():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own habits
-def test_torchs_compiler_tracer_quantiser_and_exporters_take_the_backbone():
-    backbone, images = small_backbone(), random_images(3)
+def test_the_backbone_can_be_traced_and_quantised():
+    backbone = small_backbone()
+    images = random_images(3)
     expected = backbone(images).detach()
-    compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True)
-    example = {"args": (images[:2],), "dynamic_shapes": [{0: torch.export.Dim("batch")}]}
-    exported = torch.export.export(backbone, **example).module()
-    for network in (compiled, exported, torch.fx.symbolic_trace(backbone)):
-        assert torch.allclose(network(images), expected, atol=1e-5)
+    traced = torch.fx.symbolic_trace(backbone)
+    assert torch.allclose(traced(images), expected, atol=1e-5)
     quantised = torch.ao.quantization.quantize_dynamic(backbone, {torch.nn.Linear})
     assert F.cosine_similarity(quantised(images), expected).min() > 0.99
-    reference = pytest.importorskip("onnx.reference")
-    pytest.importorskip("onnxscript")
-    torch.onnx.export(backbone, **example, f="net.onnx", dynamo=True)
-    onnx = reference.ReferenceEvaluator("net.onnx")
-    (embeddings,) = onnx.run(None, {onnx.input_names[0]: images.numpy()})
-    assert np.allclose(embeddings, expected, atol=1e-5)
-
-
-def test_vmap_gives_the_gradient_of_each_image():
-    backbone, images = small_backbone(), random_images(3)
-
-    def loss(weights, image):
-        return torch.func.functional_call(backbone, weights, image[None]).square().sum()
-
-    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))
-    each = gradients(dict(backbone.named_parameters()), images)
-    loss(dict(backbone.named_parameters()), images[1]).backward()
-    assert torch.allclose(each["conv1.weight"][1], backbone.conv1.weight.grad, atol=1e-6)
 
 
 # ---- 2. Head, distances and total loss -----------------------------------------------------------
@@ -366,16 +357,10 @@ def test_arcface_is_trigonometry_with_its_true_gradient():
     assert torch.allclose(gradient, true, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_made_on_torchs_default_device_and_what_is_not():
-    torch.set_default_device("meta")
-    try:
-        assert ArcFace(5).weight.device.type == "meta"
-        assert MAug().sample(3).device.type == "cpu"
-        assert lrfr.check_gradient() < 1e-12  # on the CPU, too
-    finally:
-        torch.set_default_device(None)
+def test_draws_come_from_the_cpu_whatever_torchs_default_device_is():
     with torch.device("meta"):
-        assert ArcFace(5).weight.device.type == "meta"
+        assert MAug().sample(3).device.type == "cpu"
+        assert lrfr.check_gradient() < 1e-12
 
 
 def logexp_slow(x, y, p):
@@ -398,21 +383,17 @@ def logexp_slow(x, y, p):
 @pytest.mark.parametrize("largest", [1e-6, 1e-3, 0.05, 1.0, 8.0, 600.0])
 def test_logexp_and_its_gradient_are_right_to_six_digits_over_their_range(p, largest):
     torch.manual_seed(0)
-    x = (torch.rand(2, 40) * 2 - 1) * min(largest, 600 ** (1 / p))  # |d|^p up to 600
-    x, y = x.requires_grad_(), torch.zeros(2, 40, requires_grad=True)
+    largest = min(largest, 600 ** (1 / p))  # |d|^p up to 600
+    x = largest * (2 * torch.rand(2, 40) - 1)
+    y = torch.zeros(2, 40)
+    x.requires_grad_()
+    y.requires_grad_()
     slow_loss, slow_gradient = logexp_slow(x, y, p)
     loss = logexp_loss(x, y, p)
     assert loss.item() == pytest.approx(slow_loss, rel=1e-6, abs=0)
     for_x, for_y = torch.autograd.grad(loss, (x, y))
     for gradient in (for_x, -for_y, logexp_grad(x, y, p)):
         assert (gradient - slow_gradient).abs().max() <= 1e-6 * slow_gradient.abs().max()
-
-
-@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
-def test_the_gradient_is_that_of_finite_differences(p):
-    x, y = torch.randn(2, 3, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: logexp_loss(x, y, p), x.requires_grad_())
-    assert lrfr.check_gradient(p) < 1e-12
 
 
 def step(distance, weight=50.0, pull_both=False):
@@ -428,7 +409,8 @@ def step(distance, weight=50.0, pull_both=False):
 
 
 def test_l1_and_l2_are_means():
-    x, y = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 4.0], [4.0, 0.0]])
+    x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    y = torch.tensor([[1.0, 4.0], [4.0, 0.0]])
     assert lrfr.l1_loss(x, y) == (0 + 2 + 1 + 5) / 4
     assert lrfr.l2_loss(x, y) == (0 + 4 + 1 + 25) / 4
 
@@ -437,11 +419,14 @@ def test_l1_and_l2_are_means():
 def test_the_total_loss_is_the_papers(distance):
     head, loss, parts, embeddings = step(distance)
     f_hr, f_lr = embeddings.chunk(2)
-    sharp = F.cross_entropy(head(f_hr, LABELS), LABELS).item()
-    degraded = F.cross_entropy(head(f_lr, LABELS), LABELS).item()
-    d = distance(F.normalize(f_hr), F.normalize(f_lr)).item()
-    assert loss.item() == pytest.approx((sharp + degraded) / 2 + 50 * d, rel=1e-5)
-    assert [part.item() for part in parts.values()] == pytest.approx([sharp, degraded, d])
+    sharp = F.cross_entropy(head(f_hr, LABELS), LABELS)
+    degraded = F.cross_entropy(head(f_lr, LABELS), LABELS)
+    apart = distance(F.normalize(f_hr), F.normalize(f_lr)).float()
+    assert torch.allclose(loss, (sharp + degraded) / 2 + 50 * apart, rtol=1e-5)
+    expected = {"sharp": sharp, "degraded": degraded, "distance": apart}
+    assert parts.keys() == expected.keys()
+    for name, part in parts.items():
+        assert torch.allclose(part, expected[name], rtol=1e-5), name
 
 
 def test_the_distance_pulls_the_degraded_embeddings_or_both():
@@ -482,11 +467,11 @@ def test_embeddings_and_losses_are_not_rounded_under_autocast():
 
 
 def test_what_is_out_of_range_is_refused():
-    faces, backbone = random_images(1), small_backbone()
+    faces = random_images(1)
+    backbone = small_backbone()
     refused = [
         (lambda: degrade(faces, 1), "a resolution must be 2 pixels or more, got 1"),
         (lambda: lrfr.photograph(faces, 1), "a resolution must be 2 pixels or more, got 1"),
-        (lambda: lrfr.photograph(faces.byte(), 7), "images must be floats in [-1, 1], got torch.u"),
         (lambda: MAug((1, 7), (1, 1)), "resolutions must be integers of 2 or more, got (1, 7)"),
         (lambda: MAug((7.9, 14), (1, 1)), "resolutions must be integers of 2 or more"),
         (lambda: MAug(camera=1.5), "camera is a probability, from 0 to 1, got 1.5"),
@@ -495,7 +480,6 @@ def test_what_is_out_of_range_is_refused():
         (lambda: degrade(faces.byte(), 7), "images must be floats in [-1, 1], got torch.uint8"),
         (lambda: embed(IResNet(10, 4), faces), "training mode: call backbone.eval() first"),
         (lambda: embed(backbone, faces, "mirror"), "got 'mirror'"),
-        (lambda: embed(backbone, faces * 0 + 255), "pixel values from 255 to 255"),
         (lambda: embed(backbone, faces * 2.1), "not -1 to 1: see to_input"),  # ImageNet's
         (lambda: ArcFace(2, 4)(torch.zeros(2, 4), torch.zeros(1)), "(1,) labels for 2 embeddings"),
         (lambda: logexp_loss(faces, faces, 0.5), "p must be 1 or more"),
@@ -543,97 +527,99 @@ def test_by_products_and_links_upwards_are_no_faces(folder, files, capsys):
     assert evaluate.images_below("data") == paths
 
 
-def test_pairs_txt_is_read_with_a_bom_spaces_in_names_and_other_endings(folder):
+def test_pairs_are_read_with_spaces_accents_other_endings_and_from_kaggles_csv(folder):
     expected = read_lfw(folder)
     assert expected.pairs.genuine.tolist() == [True, False] * 8
     last = [expected.sources[images[15]] for images in expected.pairs[:2]]
     assert last == [f"{folder}/P7/P7_0003.jpg", f"{folder}/P0/P0_0004.jpg"]
-    shutil.copytree(folder, "lfw")
-    for i in range(1, 5):
-        os.rename(f"lfw/P0/P0_000{i}.jpg", f"lfw/P0/P 0_000{i}.jpg.JPG")
-        os.rename(f"lfw/P1/P1_000{i}.jpg", f"lfw/P1/P1_000{i}.png")
-    os.rename("lfw/P0", "lfw/P 0")
-    _, _, pairs = Path("lfw/pairs.txt").read_text().partition("\n")  # without the header
-    write("lfw/pairs.txt", pairs.replace("P0", "P 0").encode("utf-8-sig"))
+    for path in folder.glob("*/*.jpg"):
+        old = path.parent.name
+        new = old.replace("P0", "Jose\u0301 0")  # e and an accent, as macOS writes it
+        write(f"lfw/{new}/{path.stem.replace(old, new)}.jpg.JPG", path.read_bytes())
+    pairs = (folder / "pairs.txt").read_text().replace("P0", "Jos\u00e9 0")
+    _, _, pairs = pairs.partition("\n")  # without the header
+    write("lfw/pairs.txt", pairs.encode("utf-8-sig"))
     assert np.array_equal(read_lfw("lfw").pairs, expected.pairs)
-    assert np.array_equal(read_lfw("lfw").identity, expected.identity)
-
-
-def test_a_bad_line_of_pairs_txt_is_named(folder):
-    shutil.copytree(folder, "lfw")
-    pairs = {
-        b"P0\t1\n": "line 2: expected 'name i j' or 'name i name j'",
-        b"P0\t1\t2\nP0\tone\t2\n": "line 3: expected 'name i j'",
-        b"P0 1 P1 2 3\n": "line 2: expected",
-        b"P0/P0_0001.jpg P1/P1_0002.jpg 1\n": "line 2: expected",
-        b"P0\t1\t2\t1\n": "line 2: 0 images ",
-        b"P0\t1\t9\n": "line 2: 0 images .*P0_0009.jpg",
-        b"P0\t1\t2\n" * 20: "20 genuine and 0 impostor pairs: a benchmark needs both",
-        "P0\t1\t2\n".encode("utf-16"): "not text in UTF-8: save it as that",
-    }
-    for text, message in pairs.items():
-        write("lfw/pairs.txt", b"10\t300\n" + text)
-        with pytest.raises(UserError, match=message):
-            read_lfw("lfw")
+    assert np.array_equal(np.bincount(read_lfw("lfw").identity), np.bincount(expected.identity))
+    os.remove("lfw/pairs.txt")
+    lines = ["name,imagenum1,imagenum2,"]
+    for line in pairs.splitlines():
+        fields = line.split("\t")
+        lines.append(",".join(fields) + "," * (4 - len(fields)))
+    write("lfw/pairs.csv", "\n".join(lines).encode())
+    assert np.array_equal(read_lfw("lfw").pairs, expected.pairs)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_bin_is_read_whoever_pickled_it(files, protocol):
-    files, truth = files[:20], np.arange(10) % 2 == 1
+    files = files[:20]
+    truth = np.arange(10) % 2 == 1
     arrays = [np.frombuffer(file, np.uint8) for file in files]
-    for images in (files, arrays):
-        for labels in (truth, truth.tolist(), truth * 1, (truth * 1).tolist()):
-            write("set.bin", pickle.dumps((images, labels), protocol))
-            assert read_bin("set.bin").sources == files
-            assert np.array_equal(read_bin("set.bin").pairs.genuine, truth)
     objects = np.array([*files, None], object)[:-1]
-    write("set.bin", pickle.dumps((objects, list(truth)), protocol))  # labels of numpy's bool
-    assert read_bin("set.bin").sources == files
-    # Of Python 2, whose strings are bytes, as in InsightFace's own files.
+    contents = [(images, truth) for images in (files, arrays, objects)]
+    for labels in (truth.tolist(), list(truth), truth * 1, (truth * 1).tolist()):
+        contents.append((files, labels))
+    for content in contents:
+        write("set.bin", pickle.dumps(content, protocol))
+        assert read_bin("set.bin").sources == files
+        assert np.array_equal(read_bin("set.bin").pairs.genuine, truth)
+
+
+def test_a_bin_of_python_2_is_read(files):
+    """Its strings are bytes, as in InsightFace's own files."""
+    files = files[:20]
     strings = b"".join(b"T" + struct.pack("<I", len(file)) + file for file in files)
     write("set.bin", b"\x80\x02(](" + strings + b"e](" + b"K\0K\x01" * 5 + b"et.")
     assert read_bin("set.bin").sources == files
 
 
-class Pointers:
-    """An array of objects whose addresses stand in the pickle."""
+TEN = [b"an image"] * 20  # in ten pairs
+LFW_LINE = "expected 'name i j' or 'name i name j'"
+BAD_SETS = [  # a file, its content, and why its set is refused
+    ("lfw/pairs.txt", b"10\t300\nP0\t1\n", f"line 2: {LFW_LINE}"),
+    ("lfw/pairs.txt", b"P0\t1\t2\nP0\tone\t2\n", f"line 2: {LFW_LINE}"),
+    ("lfw/pairs.txt", b"\nP0/P0_0001.jpg P1/P1_0002.jpg 1\n", f"line 2: {LFW_LINE}"),
+    ("lfw/pairs.txt", b"P0\t1\t9\n", "line 1: 0 images called lfw/P0/P0_0009.jpg"),
+    ("lfw/pairs.txt", b"P0\t1\t2\n" * 20, "20 genuine and 0 impostor pairs"),
+    ("lfw/pairs.txt", "P0\t1\t2\n".encode("utf-16"), "not text in UTF-8: save it as that"),
+    ("set.bin", b"", "not a verification set (Ran out of input)"),
+    ("set.bin", BOMB, "not a verification set (it asks for posix.system)"),
+    ("set.bin", pickle.dumps((TEN, [1, 0, 1] * 3)), "20 images for 9 pairs"),
+    ("set.bin", pickle.dumps((TEN, [1, -1] * 5)), "label -1: expected True, False, 1 or 0"),
+    ("set.bin", pickle.dumps((TEN, ["1", "0"] * 5)), "label '1': expected True, False, 1 or 0"),
+    ("scface/face.jpg", b"", "no images of SCface: expected names such as 001_frontal.jpg and 001"),
+    ("tinyface/Probe/1_1.jpg", b"", "no images in Probe or in Gallery_Match: expected names such"),
+]
 
-    def __reduce__(self):
-        reconstruct, arguments, _ = np.zeros(10).__reduce__()
-        return reconstruct, arguments, (1, (10,), np.dtype("O"), False, b"AAAAAAAA" * 10)
 
-
-def test_what_is_no_bin_is_refused(files):
-    files = files[:20]
-    contents = {
-        "not a verification set (Ran out of input)": b"",
-        "not a verification set (it asks for posix.system)": BOMB,
-        "20 images for 9 pairs": pickle.dumps((files, [1, 0, 1] * 3)),
-        "label -1: expected True, False, 1 or 0": pickle.dumps((files, [1, -1] * 5)),
-        "label '1': expected True": pickle.dumps((files, ["1", "0"] * 5)),
-        "10 genuine and 0 impostor pairs": pickle.dumps((files, [1] * 10)),
-        "expected True, False, 1 or 0": pickle.dumps((files, Pointers()), 2),  # would crash numpy
-    }
-    for message, content in contents.items():
-        write("set.bin", content)
-        with pytest.raises(UserError, match=f"^set.*: .*{re.escape(message)}"):
-            read_bin("set.bin")
+@pytest.mark.parametrize(("path", "content", "message"), BAD_SETS)
+def test_a_set_that_cannot_be_used_is_named_with_the_reason(path, content, message, folder):
+    shutil.copytree(folder, "lfw")
+    os.makedirs("tinyface/Gallery_Match")
+    os.makedirs("tinyface/Gallery_Distractor")
+    write(path, content)
+    root = path.split("/")[0]
+    read, _ = evaluate.BENCHMARKS[root.replace("set.", "")]
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(root)
     assert not Path("bomb-went-off").exists()
 
 
 def test_scface_is_searched_distance_by_distance(files, capsys):
     """Probes at distance 3 are the mugshots themselves, the others those of another subject."""
     for n in range(8):
-        write(f"elsewhere/mugshot_frontal_original_all/{n + 48:03d}_frontal.JPG", files[4 * n])
+        subject = n + 48
+        write(f"crops/mugshot_frontal_original_all/{subject:03d}_frontal.JPG", files[4 * n])
         for camera in range(1, 6):
-            for distance, shown in enumerate((n - 1, n - 1, n), 1):
-                name = f"surveillance_cameras_all/{n + 48:03d}_cam{camera}_{distance}.jpg"
-                write(f"elsewhere/{name}", files[4 * shown])
-    os.symlink("elsewhere", "crops")
+            for distance, shown in ((1, n - 1), (2, n - 1), (3, n)):
+                name = f"{subject:03d}_cam{camera}_{distance}.jpg"
+                write(f"crops/surveillance_cameras_all/{name}", files[4 * shown])
     rows = evaluate.evaluate({"net": small_backbone()}, read_scface("crops"), [7], FLOAT32)
-    found = [(row["part"], row["rank1"], row["probes"]) for row in rows]
-    assert found == [("d1", 0, 40), ("d2", 0, 40), ("d3", 1, 40), ("average", 1 / 3, None)]
-    assert (rows[0]["set"], rows[0]["px"]) == ("SCface, 8 subjects", 112)  # taken as it is
+    assert [row["part"] for row in rows] == ["d1", "d2", "d3", "average"]
+    assert [row["rank1"] for row in rows] == [0, 0, 1, 1 / 3]
+    assert [row["probes"] for row in rows] == [40, 40, 40, None]
+    assert rows[0]["set"] == "SCface, 8 subjects"
+    assert rows[0]["px"] == 112  # taken as it is
     for name in ("050_cam1_1_0.png", "051_cam2_2-crop.jpg", "050_cam6_1.jpg", "050_L1.jpg"):
         write(f"crops/{name}", files[0])  # the last two are profiles and infrared images
     read_scface("crops")
@@ -646,31 +632,21 @@ def test_scface_is_searched_distance_by_distance(files, capsys):
 def test_tinyface_counts_a_probe_without_a_mate_as_a_miss_and_says_so(files):
     for person in range(4):
         write(f"tiny/Testing_Set/Probe/{person}_1.jpg", files[4 * person])
+        write(f"tiny/Testing_Set/Gallery_Match/{person + 1}_2.jpg", files[4 * person + 4])
         write(f"tiny/Testing_Set/Gallery_Distractor/{person}_3.jpg", files[4 * person + 16])
-        write(f"mates/{person + 1}_2.jpg", files[4 * person + 4])
-    write("tiny/Testing_Set/Probe/.ipynb_checkpoints/1_1.jpg", files[4])
-    os.symlink("../../mates", "tiny/Testing_Set/Gallery_Match")
     (row,) = evaluate.evaluate({"net": small_backbone()}, read_tinyface("tiny"), [7], FLOAT32)
     assert row["set"] == "TinyFace, 4 distractors"
-    assert (row["probes"], row["without_mate"], row["rank1"]) == (4, 1, 3 / 4)
+    assert row["probes"] == 4
+    assert row["without_mate"] == 1
+    assert row["rank1"] == 3 / 4
     assert "no mate" in evaluate.table([row])
-    for person in range(1, 5):
-        os.rename(f"mates/{person}_2.jpg", f"mates/000{person}_2.jpg")
+    for path in Path("tiny/Testing_Set/Gallery_Match").iterdir():
+        path.rename(path.with_name(f"000{path.name}"))
     with pytest.raises(UserError, match="no probe has a mate in the gallery"):
         read_tinyface("tiny")
-    os.rename("mates/0001_2.jpg", "mates/img_1.jpg")
+    write("tiny/Testing_Set/Gallery_Match/img_1.jpg", files[0])
     with pytest.raises(UserError, match=r"img_1.jpg: expected names such as 12_3.jpg"):
         read_tinyface("tiny")
-
-
-def test_what_is_no_scface_or_tinyface_is_told_what_names_to_have(files):
-    write("faces/Probe/face.jpg", files[0])
-    os.makedirs("faces/Gallery_Match")
-    os.makedirs("faces/Gallery_Distractor")
-    with pytest.raises(UserError, match=r"^faces: no images of SCface: .* 001_frontal.jpg and 001"):
-        read_scface("faces")
-    with pytest.raises(UserError, match=r"^faces: no images in Probe or in .* such as 12_3.jpg"):
-        read_tinyface("faces")
 
 
 def ten_folds_slow(scores, genuine, thresholds):
@@ -693,13 +669,15 @@ def test_ten_folds_are_those_of_the_official_code_and_of_xqlfws_own_script(folde
     shutil.copytree(folder, "xqlfw")
     os.rename("xqlfw/pairs.txt", "xqlfw/xqlfw_pairs.txt")
     found = evaluate.ten_folds(scores, genuine, evaluate.read_xqlfw("xqlfw").thresholds)
-    distances, thresholds = 1 - scores, np.arange(0, 2, 0.001)
+    distances = 1 - scores
+    thresholds = np.arange(0, 2, 0.001)
     accuracy, std, negated = ten_folds_slow(-distances, genuine, -thresholds)
     assert found == pytest.approx((accuracy, std, 1 + negated))
 
 
 def test_verification_is_the_protocol_step_by_step(folder):
-    backbone, benchmark = small_backbone(), read_lfw(folder)
+    backbone = small_backbone()
+    benchmark = read_lfw(folder)
     (row,) = evaluate.evaluate(
         {"net": backbone}, benchmark, [7], evaluate.Settings(CPU, flip="none")
     )
@@ -713,20 +691,6 @@ def test_verification_is_the_protocol_step_by_step(folder):
         assert found == pytest.approx(ten_folds_slow(scores, genuine, OFFICIAL))
 
 
-def test_pairs_of_kaggles_csv_and_accents_of_macos_are_read(folder):
-    shutil.copytree(folder, "lfw")
-    os.rename("lfw/P7", "lfw/Jose\u0301")  # e and an accent, as macOS writes it
-    for i in range(1, 5):
-        os.rename(f"lfw/Jose\u0301/P7_000{i}.jpg", f"lfw/Jose\u0301/Jose\u0301_000{i}.jpg")
-    lines = ["name,imagenum1,imagenum2,"]
-    for line in Path("lfw/pairs.txt").read_text().splitlines()[1:]:
-        fields = line.replace("P7", "Jos\u00e9").split("\t")
-        lines.append(",".join(fields) + "," * (4 - len(fields)))
-    write("lfw/pairs.csv", "\n".join(lines).encode())
-    os.remove("lfw/pairs.txt")
-    assert np.array_equal(read_lfw("lfw").pairs, read_lfw(folder).pairs)
-
-
 def test_unaligned_images_and_pairs_of_one_image_are_warned_of(folder, files, capsys):
     shutil.copytree(folder, "lfw")
     for path in Path("lfw").glob("*/*.jpg"):
@@ -735,7 +699,7 @@ def test_unaligned_images_and_pairs_of_one_image_are_warned_of(folder, files, ca
         file.write("\nP0\t1\t1\nP1\t2\t2")
     evaluate.evaluate({"net": small_backbone()}, read_lfw("lfw"), [7], FLOAT32)
     printed = capsys.readouterr().err
-    assert "LFW: 32 of 32 images are not 112 x 112 but, say, 250 x 250: they are resized" in printed
+    assert "32 images are not 112 x 112 but, say, 250 x 250" in printed
     assert "LFW: 2 pairs are an image and itself" in printed
     write("set.bin", pickle.dumps(([files[0], files[0], *files[2:20]], [1, 0] * 5)))
     read_bin("set.bin")
@@ -757,36 +721,43 @@ def test_a_degradation_of_ones_own_is_tested_like_bicubic(folder):
 
 
 def test_tar_at_far_is_of_one_threshold_over_all_impostors():
-    impostor, genuine = np.linspace(-1, 0.55, 1000), np.linspace(0, 1, 11)
-    scores, truth = np.append(impostor, genuine), np.arange(1011) >= 1000
+    impostor = np.linspace(-1, 0.55, 1000)
+    genuine = np.linspace(0, 1, 11)
+    scores = np.append(impostor, genuine)
+    truth = np.arange(1011) >= 1000
     roc = evaluate.roc_curve(scores, truth)
-    assert (evaluate.FARS[0], roc[0]) == (1e-3, 5 / 11)  # 0.6 to 1.0
+    assert evaluate.FARS[0] == 1e-3
+    assert roc[0] == 5 / 11  # 0.6 to 1.0
     for far, tar in zip(evaluate.FARS, roc):
-        accepted = [t for t in [*scores, -math.inf] if (impostor > t).sum() <= far * 1000]
-        assert tar == pytest.approx((genuine > min(accepted)).mean())
+        thresholds = [-math.inf, *scores]
+        allowed = [t for t in thresholds if (impostor > t).sum() <= far * 1000]
+        assert tar == pytest.approx((genuine > min(allowed)).mean())
     assert evaluate.roc_curve(scores[1:], truth[1:]) is None  # of 999 impostors
 
 
-def test_pairs_sorted_by_kind_are_warned_of(capsys):
-    for same in ([True, False] * 10, [True] * 10 + [False] * 10):
-        pairs = evaluate.Pairs(np.arange(20), np.arange(20) - 1, np.array(same))
-        evaluate.Benchmark("sorted", list(range(20)), pairs)
-    assert capsys.readouterr().err.count("sorted: there are folds with pairs of one kind") == 1
+@pytest.mark.parametrize("genuine", [[True, False] * 10, [True] * 10 + [False] * 10])
+def test_pairs_sorted_by_kind_are_warned_of(genuine, capsys):
+    pairs = evaluate.Pairs(np.arange(20), np.arange(20) - 1, np.array(genuine))
+    evaluate.Benchmark("sorted", list(range(20)), pairs)
+    warned = "sorted: there are folds with pairs of one kind" in capsys.readouterr().err
+    assert warned == genuine[1]
 
 
 def test_ranks_are_places_after_sorting():
     torch.manual_seed(0)
-    gallery, probes = F.normalize(torch.randn(30, 3)), F.normalize(torch.randn(150, 3))
+    gallery = F.normalize(torch.randn(30, 3))
+    probes = F.normalize(torch.randn(150, 3))
     gallery[20:25] = gallery[10:15]  # equal cosines: strangers come first
     owners = np.random.default_rng(0).integers(-1, 6, 30)  # -1: of nobody
     people = np.arange(150) % 8  # 6, 7: without a mate
-    hits = []
+    hits = np.zeros(50)
     for probe, person in zip(probes, people):
         cosines = (gallery @ probe).tolist()
         order = sorted(range(30), key=lambda i: (-cosines[i], owners[i] == person))
-        hits.append(owners[order] == person)
-    shares = [np.array(hits)[:, :k].any(1).mean() for k in range(1, 51)]
-    assert evaluate.identify(gallery, owners, probes, people) == pytest.approx(shares)
+        for k in range(1, 51):
+            hits[k - 1] += person in owners[order[:k]]
+    found = evaluate.identify(gallery, owners, probes, people)
+    assert found == pytest.approx(hits / 150)
 
 
 def test_one_command_puts_checkpoints_side_by_side(folder, capsys):
@@ -794,8 +765,9 @@ def test_one_command_puts_checkpoints_side_by_side(folder, capsys):
     torch.save(small_backbone().state_dict(), "net.pt")
     shutil.copy("net.pt", "other.pt")
     faces = f"{folder}/P0/P0_0001.jpg {folder}/P1/P1_0001.jpg"
-    line = f"net.pt other.pt --lfw {folder} --match {faces} --resolutions 7 112 --flip concat"
-    evaluate.main(f"{line} --json all.json --plots new/plots".split())
+    line = f"net.pt other.pt --lfw {folder} --match {faces} --flip concat"
+    line += " --resolutions 7 112 --amp off --json all.json --plots new/plots"
+    evaluate.main(line.split())
     match, _, *rows = json.loads(Path("all.json").read_text())
     assert match["match"] == faces.split()
     order = [(7, "net.pt"), (7, "other.pt"), (112, "net.pt"), (112, "other.pt")]
@@ -805,7 +777,8 @@ def test_one_command_puts_checkpoints_side_by_side(folder, capsys):
     assert re.search(shown, capsys.readouterr().out)
     assert os.listdir("new/plots") == ["LFW.png"]
     assert rows[0]["roc_far"] is None
-    assert rows[0]["precision"] in ("float32", "bfloat16")
+    assert rows[0]["flip"] == "concat"
+    assert rows[0]["precision"] == "float32"
     for option in ("lfw", "scface", "tinyface", "xqlfw"):  # does not swallow the checkpoint
         assert evaluate.parse_arguments([f"--{option}", "DIR", "net.pt"]).checkpoints == ["net.pt"]
 
@@ -815,7 +788,8 @@ def test_one_command_puts_checkpoints_side_by_side(folder, capsys):
 
 def test_drawn_faces_repeat_also_in_spawned_workers():
     """On macOS and Windows, and on Linux from Python 3.14 on, workers are sent the data set."""
-    faces, again = train.demo_faces(2, 4, seed=5), train.demo_faces(2, 4, seed=5)
+    faces = train.demo_faces(2, 4, seed=5)
+    again = train.demo_faces(2, 4, seed=5)
     loader = DataLoader(faces, 8, num_workers=1, multiprocessing_context="spawn")
     images, labels = next(iter(loader))
     assert np.array_equal(images, [again[i][0] for i in range(8)])
@@ -851,7 +825,8 @@ def test_the_last_identities_are_held_out(folder, files, capsys):
         write(f"few/{i % 40}/{i}.jpg", files[0])
     for data, holdout, people in (("few", 2, 38), (folder, 1, 7)):
         faces, benchmarks = open_data(data, holdout)
-        assert (faces.classes, benchmarks) == (people, [])
+        assert faces.classes == people
+        assert benchmarks == []
 
 
 def write_records(payloads, keys):
@@ -876,7 +851,8 @@ def record(labels, image=b""):
 
 def write_insightface(files, labels, first=1):
     """InsightFace's layout: a header, the images from key `first` on, one record an identity."""
-    end, classes = first + len(files), sorted(set(labels))
+    end = first + len(files)
+    classes = sorted(set(labels))
     payloads = [record([end, end + len(classes)])]
     for file, label in zip(files, labels):
         labels_of_one = [label, 1] if label % 2 else [label]  # such files have both forms
@@ -902,7 +878,8 @@ def test_records_of_insightface_are_read(files):
         for i in range(8):
             assert train.read_record("ms1m/train.rec", int(faces.sources[i])) == files[i]
             assert faces[i][1] == sorted(set(labels)).index(labels[i])
-        assert (len(faces), faces.classes) == (8, 4)
+        assert len(faces) == 8
+        assert faces.classes == 4
         assert np.array_equal(faces[6][0], faces[1][0])
     write("ms1m/property", b"3,112,112")  # says how many identities there are
     faces = train.RecordFaces("ms1m")
@@ -939,8 +916,10 @@ def test_batches_take_each_image_at_most_once_an_epoch_and_ranks_share_them(monk
     def batches(begin, end, seed=1):
         return np.array(list(train.batches(23, 4, seed, range(begin, end))))
 
-    first, second = batches(0, 5), batches(5, 10)
-    assert len(np.unique(first)) == len(np.unique(second)) == 20
+    first = batches(0, 5)
+    second = batches(5, 10)
+    assert len(np.unique(first)) == 20
+    assert len(np.unique(second)) == 20
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, batches(0, 5, seed=2))
     assert np.array_equal(first[3:], batches(3, 5))  # of a run that goes on
@@ -988,93 +967,102 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     assert [row["px"] for row in lines[2]["evaluation"]] == [7, 14, 20, 112]
 
 
-# Rows of faces.png: the sharp faces, and the degraded ones that training shows.
-@pytest.mark.parametrize(
-    ("options", "rows"),
-    [({"maug": "none", "loss": "none"}, 1), ({}, 4), ({"camera": 0.5}, 7), ({"camera": 1}, 4)],
-)
-def test_faces_png_shows_what_training_shows(options, rows, files):
-    args = train.parse_arguments(command(**options))
-    train.show_faces(args, train.Faces(files, [0] * 32, 1, ""))
+# Options, and rows of faces.png: the sharp faces, and the degraded ones that training shows.
+SHOWN = [({"maug": "none", "loss": "none"}, 1), ({}, 4), ({"camera": 0.5}, 7), ({"camera": 1}, 4)]
+
+
+@pytest.mark.parametrize(("options", "rows"), SHOWN)
+def test_faces_png_shows_what_training_shows(options, rows, folder):
+    args = train.parse_arguments(command(data=folder, **options))
+    faces, _ = train.open_data(args)
+    train.show_faces(args, faces)
     assert Image.open("run/faces.png").size == (8 * 112, rows * 112)
 
 
-WIRING = [  # options, and what they must reach
-    (
-        {},
-        lambda run: (
-            (run.model.weight, run.model.pull_both, run.model.maug.camera) == (300, False, 0)
-        ),
-    ),
-    ({"p": 2}, lambda run: run.model.weight == 720),
-    ({"p": 2}, lambda run: run.model.distance(*PAIR) == logexp_loss(*PAIR, 2)),
-    ({"p": 1.5}, lambda run: run.model.weight == 430),
-    ({"loss": "l1"}, lambda run: (run.model.distance, run.model.weight) == (lrfr.l1_loss, 16)),
-    ({"loss": "l2"}, lambda run: (run.model.distance, run.model.weight) == (lrfr.l2_loss, 180)),
-    ({"loss": "none"}, lambda run: run.model.distance is None),
-    ({"maug": "none", "loss": "none"}, lambda run: run.model.maug is None),
-    ({"weight": 5}, lambda run: run.model.weight == 5),
-    ({"pull": "both"}, lambda run: run.model.pull_both),
-    (
-        {"scale": 5, "margin": 0.2},
-        lambda run: (run.model.head.scale, run.model.head.margin) == (5, 0.2),
-    ),
-    ({"camera": 0.5}, lambda run: run.model.maug.camera == 0.5),
-    ({"maug": "1:0:3"}, lambda run: run.model.maug.ratio.tolist() == [1, 0, 3]),
-    ({"resolutions": 9, "maug": 1}, lambda run: run.model.maug.resolutions.tolist() == [9]),
-    ({"backbone": "r18"}, lambda run: len(run.model.backbone.layer1) == 2),
-    ({"width": 24}, lambda run: run.model.backbone.conv1.out_channels == 24),
-    ({}, lambda run: run.optimiser.param_groups[0]["weight_decay"] == 5e-4),
-    ({}, lambda run: run.optimiser.param_groups[0]["momentum"] == 0.9),
+WIRING = [  # options, a part of the run, and what they make of it
+    ({}, "model.weight", 300),
+    ({"p": 2}, "model.weight", 720),
+    ({"p": 1.5}, "model.weight", 430),
+    ({"loss": "l1"}, "model.weight", 16),
+    ({"loss": "l2"}, "model.weight", 180),
+    ({"init": "small.pt"}, "model.weight", 78),  # of 128 dimensions
+    ({"init": "small.pt", "loss": "l1"}, "model.weight", 8),
+    ({"init": "small.pt", "loss": "l2"}, "model.weight", 45),
+    ({"weight": 5}, "model.weight", 5),
+    ({"loss": "l1"}, "model.distance", lrfr.l1_loss),
+    ({"loss": "l2"}, "model.distance", lrfr.l2_loss),
+    ({"loss": "none"}, "model.distance", None),
+    ({"maug": "none", "loss": "none"}, "model.maug", None),
+    ({}, "model.pull_both", False),
+    ({"pull": "both"}, "model.pull_both", True),
+    ({"scale": 5}, "model.head.scale", 5),
+    ({"margin": 0.2}, "model.head.margin", 0.2),
+    ({"width": 24}, "model.backbone.conv1.out_channels", 24),
 ]
-PAIR = torch.arange(8.0).view(2, 1, 4)
 
 
-@pytest.mark.parametrize(("options", "reached"), WIRING)
-def test_each_option_reaches_the_model(options, reached, folder):
-    assert reached(train.prepare(command(data=folder, **options)))
+@pytest.mark.parametrize(("options", "part", "expected"), WIRING)
+def test_each_option_reaches_the_model(options, part, expected, folder):
+    torch.save(IResNet(10, 16, 128).state_dict(), "small.pt")
+    run = train.prepare(command(data=folder, **options))
+    assert attrgetter(part)(run) == expected
 
 
-def test_gradients_are_clipped_and_gone_after_a_step(folder, monkeypatch):
-    """Without clipping, this learning rate would move the weights by far more."""
+def test_p_the_degradations_and_the_optimiser_are_those_of_the_options(folder):
+    options = {"p": 2, "maug": "3", "resolutions": 9, "camera": 0.5, "backbone": "r18"}
+    run = train.prepare(command(data=folder, **options))
+    x, y = torch.arange(8.0).view(2, 1, 4)
+    assert run.model.distance(x, y) == logexp_loss(x, y, 2)
+    maug = run.model.maug
+    assert maug.resolutions.tolist() == [9]
+    assert maug.ratio.tolist() == [3]
+    assert maug.camera == 0.5
+    assert len(run.model.backbone.layer1) == 2
+    (group,) = run.optimiser.param_groups
+    assert group["weight_decay"] == 5e-4
+    assert group["momentum"] == 0.9
+    assert group["nesterov"] is True
+
+
+def test_seed_jitter_and_precision_reach_a_step_of_training(folder):
+    plain = {"data": folder, "batch_size": 32, "lr": 0, "amp": "off"}
+    plain |= {"maug": "none", "loss": "none"}
+    expected = tiny_run("plain", **plain)["backbone"]
+    for option, value in {"seed": 1, "jitter": 3, "amp": "bf16"}.items():
+        found = tiny_run(option, **plain | {option: value})["backbone"]
+        name = "conv1.weight" if option == "seed" else "bn1.running_mean"
+        assert not torch.equal(found[name], expected[name]), option
+
+
+def test_each_step_and_seed_draws_anew(folder, monkeypatch):
+    draws = []
+
+    def draw(images, strength):
+        draws.append(torch.rand(1).item())
+        return images
+
+    monkeypatch.setattr(train, "jitter", draw)
+    tiny_run("zero", data=folder, seed=0, maug="none", loss="none")
+    tiny_run("one", data=folder, seed=1, maug="none", loss="none")
+    assert len(set(draws)) == 2 * 4
+
+
+def test_gradients_are_clipped_to_a_norm_of_five_and_gone_after_a_step(folder):
     run = train.prepare(command(data=folder, lr=0.1, batch_size=32, amp="off"))
+    run.model.head.scale = 1e6  # far too steep
     before = [p.detach().clone() for p in run.model.backbone.parameters()]
-    for p in run.model.head.parameters():
-        p.data *= 0
-    run.model.head.scale = 1e6
     train.train(run)
-    after = run.model.backbone.parameters()
-    moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(after, before)))
-    assert moved < 0.1 * (1 + 0.9) * (5 + 0.2)  # lr, Nesterov's momentum; norm, weight decay
+    squares = 0
+    for old, new in zip(before, run.model.backbone.parameters()):
+        squares += (new - old).square().sum().item()
+    # Nesterov's momentum of 0.9 makes the first step 1.9 times as long.
+    assert math.sqrt(squares) == pytest.approx(0.1 * 1.9 * 5, rel=0.02)
     assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_a_run_starts_from_the_weights_of_init(folder):
-    backbone = IResNet(10, 20, 16)
-    torch.save(backbone.state_dict(), "wider.pt")
-    tuned = tiny_run(data=folder, init="wider.pt", maug="none", loss="none", lr=0)
-    assert torch.equal(tuned["backbone"]["conv1.weight"], backbone.conv1.weight)
-
-
-def test_the_weight_follows_the_dimensions_of_the_embedding(folder):
-    torch.save(IResNet(10, 16, 128).state_dict(), "small.pt")
-    for loss, weight in {"logexp": 78, "l1": 8, "l2": 45}.items():
-        run = train.prepare(command(data=folder, init="small.pt", loss=loss))
-        assert run.model.weight == weight
-
-
-def test_sets_beside_a_rec_are_evaluated_and_other_bins_named(files, capsys):
+def test_each_epoch_of_records_is_evaluated_once_even_if_it_was_cut_off(files, capsys, monkeypatch):
     write_insightface(files[:8], [0] * 4 + [1] * 4)
     write("ms1m/features.bin", b"features")
-    write("ms1m/lfw.bin", pickle.dumps((files[:20], [1, 0] * 5)))
-    tiny_run(data="ms1m", epochs=2)
-    printed = capsys.readouterr()
-    assert printed.out.count("\nlfw, flip test sum") == 2
-    assert "features.bin: not a verification set" in printed.err
-
-
-def test_an_evaluation_that_was_cut_off_is_made_up_for(files, capsys, monkeypatch):
-    write_insightface(files[:8], [0] * 4 + [1] * 4)
     write("ms1m/lfw.bin", pickle.dumps((files[:20], [1, 0] * 5)))
 
     def interrupt(*_):
@@ -1084,10 +1072,13 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(files, capsys, monkeypatc
         context.setattr(evaluate, "evaluate", interrupt)
         with pytest.raises(SystemExit, match="interrupted: the same command goes on"):
             tiny_run(data="ms1m", epochs=2)
-    assert (saved("run")["step"], saved("run")["evaluated"]) == (1, False)
+    assert saved("run")["step"] == 1
+    assert saved("run")["evaluated"] is False
     tiny_run(data="ms1m", epochs=2)
     tiny_run(data="ms1m", epochs=2)  # is done already
-    assert capsys.readouterr().out.count("\nlfw, flip test sum") == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("\nlfw, flip test sum") == 2
+    assert "features.bin: not a verification set" in printed.err
     entries = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
     assert [entry["step"] for entry in entries if "evaluation" in entry] == [1, 2]
 
@@ -1106,94 +1097,80 @@ def test_no_clock_can_end_a_run(folder, monkeypatch):
     tiny_run(data=folder)
 
 
-def start(until, **options):
-    """Begins a run in a process group of its own, and waits for a line with that text."""
-    words = [sys.executable, HERE / "train.py", *command(**options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs inherit "ignore" else
-    process = subprocess.Popen(words, **pipes, text=True, start_new_session=True)
-    signal.signal(signal.SIGINT, before)
-    for line in process.stdout:
-        if until in line:
-            break
-    return process
-
-
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(folder):
-    options = {"data": folder, "epochs": 3, "save_every": 3, "jitter": 0.5}
+    options = {"data": folder, "batch_size": 4, "save_every": 3, "jitter": 0.5}
     whole = tiny_run("whole", **options)
-    process = start("step 6/12", **options)
+    words = [sys.executable, HERE / "train.py", *command(**options)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 6/8" in line:
+            break
     process.kill()
     process.communicate()
-    assert saved("run")["step"] in (4, 6)  # it may have been about to save
+    assert saved("run")["step"] in (3, 6)  # it may have been about to save
     killed = tiny_run(**options)
     assert_equal_weights(killed["backbone"], whole["backbone"])
     assert_equal_weights(killed["head"], whole["head"])
 
 
-def test_ctrl_c_ends_in_one_line(folder):
-    process = start("epoch 2/", data=folder, epochs=500, workers=2)
-    os.killpg(process.pid, signal.SIGINT)  # to the workers as well, as in a terminal
-    _, error = process.communicate(timeout=60)
-    assert error == "interrupted: the same command goes on from the last checkpoint\n"
-
-
 def test_resuming_refuses_contradictions_and_damage(folder):
-    options = {"data": folder, "maug": "none", "loss": "none"}
+    shutil.copytree(folder, "data")
+    options = {"data": "data", "maug": "none", "loss": "none"}
     state = tiny_run(**options)
     for name, value in {"pull": "both", "width": 32, "lr": 0.5}.items():
         with pytest.raises(UserError, match=rf"last.pt was made with {name} .*, not {value}"):
             tiny_run(**options, **{name: value})
+    os.rename("data/P0", "data/Q0")  # as many images and identities, other labels
+    with pytest.raises(UserError, match=r"last.pt was made with other images or labels"):
+        tiny_run(**options, epochs=2)
+    os.rename("data/Q0", "data/P0")
     torch.save(state | {"step": 5}, "run/last.pt")
-    with pytest.raises(UserError, match=r"last.pt is at step 5, --epochs ends at step 4"):
+    with pytest.raises(UserError, match=r"last.pt .* 5.* --epochs .* 4"):
         tiny_run(**options)
     torch.save(state | {"args": state["args"] | {"processes": 2}}, "run/last.pt")
     with pytest.raises(UserError, match=r"last.pt was made with processes 2, not 1"):
         tiny_run(**options)
     write("run/last.pt", Path("run/last.pt").read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"last.pt is damaged: move it away, or give another"):
+    with pytest.raises(UserError, match=r"last.pt is damaged"):
         tiny_run(**options)
 
 
 def test_a_job_that_moves_goes_on(folder):
-    """Its data may lie elsewhere, and --init is not read again."""
-    torch.save(IResNet(10, 20, 16).state_dict(), "wider.pt")
+    """It begins with --init, which is not read again, and its data may lie elsewhere."""
+    weights = IResNet(10, 16, 128).state_dict()
+    torch.save(weights, "init.pt")
     shutil.copytree(folder, "here")
-    tiny_run(data="here", init="wider.pt", holdout=2)
+    options = {"batch_size": 24, "holdout": 2, "lr": 0}
+    tiny_run(data="here", init="init.pt", **options)
     os.rename("here", "there")
     os.symlink("there", "link")
-    os.remove("wider.pt")
-    assert tiny_run(data="link", init="wider.pt", epochs=2, holdout=2)["step"] == 6
-    state = tiny_run(data="there", epochs=3, holdout=2)
-    assert state["step"] == 9
-    assert len(state["backbone"]["conv1.weight"]) == 20
-
-
-def test_other_labels_are_refused_on_resuming(folder):
-    shutil.copytree(folder, "data")
-    tiny_run(data="data")
-    os.rename("data/P0", "data/Q0")  # as many images and identities, other labels
-    with pytest.raises(UserError, match=r"last.pt was made with other images or labels: give"):
-        tiny_run(data="data", epochs=2)
+    os.remove("init.pt")
+    assert tiny_run(data="link", init="init.pt", epochs=2, **options)["step"] == 2
+    state = tiny_run(data="there", epochs=3, **options)
+    assert state["step"] == 3
+    assert torch.equal(state["backbone"]["fc.weight"], weights["fc.weight"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder):
-    with pytest.raises(UserError, match=r"loss (nan|inf) at step \d+: give a lower --lr"):
+    with pytest.raises(UserError, match=r"loss .*(nan|inf) at step \d+: .*lower --lr"):
         tiny_run(data=folder, epochs=9, lr=1e9)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(monkeypatch):
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    def save(content):
-        with evaluate.new_file("run/last.pt") as file:
-            file.write(content)
-
-    save(b"whole")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"^run/last.pt: No space left on device$"):
-        save(b"newer")
+@pytest.mark.parametrize("save", [pickle.dump, torch.save])
+def test_a_full_disk_is_one_line_and_loses_nothing(save):
+    """A limit on the size of files, as of a user's quota, is met like a full disk."""
+    resource = pytest.importorskip("resource")
+    write("run/last.pt", b"whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with (
+            pytest.raises(UserError, match=r"^run/last.pt: File too large"),
+            evaluate.new_file("run/last.pt") as file,
+        ):
+            save(torch.zeros(100_000), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert Path("run/last.pt").read_bytes() == b"whole"
     assert os.listdir("run") == ["last.pt"]
 
@@ -1210,108 +1187,93 @@ def test_a_run_goes_on_in_float16_and_back(files):
         assert state["backbone"]["fc.weight"].isfinite().all()
 
 
-def torchrun(*words):
-    """The command torchrun, of this Python."""
-    words = [sys.executable, "-m", "torch.distributed.run", *words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-# Trains with batch norm frozen, and on pictures that no flip changes, since each process has
-# statistics and draws of its own.
+# train.py with batch norm frozen, since each process has statistics of its own.
 FROZEN = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import train
-train.join_processes()
-run = train.prepare(sys.argv[1:])
-run.model.eval()
-train.train(run)
+prepare = train.prepare
+def prepare_frozen(argv):
+    run = prepare(argv)
+    run.model.eval()
+    return run
+train.prepare = prepare_frozen
+train.evaluate.run(train.main)
 """
 
 
-def test_two_processes_train_like_one():
+def two_machines(**options):
+    """Runs FROZEN on two nodes, in the folders a and b -> what each printed, and its status."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for rank, place in enumerate("ab"):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        words += ["--master_addr=127.0.0.1", f"--master_port={port}", f"--node_rank={rank}"]
+        words += ["--", "../frozen.py", HERE, *command(data="../data", **options)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        nodes.append(subprocess.Popen(words, cwd=place, text=True, **pipes))
+    printed = [node.communicate(timeout=60) for node in nodes]
+    return printed, [node.returncode for node in nodes]
+
+
+def test_two_machines_train_like_one_process_and_refuse_to_go_on_apart():
+    """In folders of their own, of which the first alone gets the checkpoint."""
     rng = np.random.default_rng(0)
-    for i in range(32):
+    for i in range(32):  # pictures that no flip changes, since each process draws its own
         pixels = rng.integers(0, 256, (112, 1, 3), np.uint8).repeat(112, axis=1)
         os.makedirs(f"data/{i // 4}", exist_ok=True)
         Image.fromarray(pixels).save(f"data/{i // 4}/{i}.png")
     write("frozen.py", FROZEN.encode())
-    options = {"data": "data", "resolutions": 7, "maug": 1, "amp": "off"}
-    torchrun(
-        "--standalone", "--nproc_per_node=2", "frozen.py", HERE, *command(batch_size=4, **options)
-    )
-    two = saved("run")
-    shutil.rmtree("run")
-    run = train.prepare(command(**options))
-    run.model.eval()
-    train.train(run)
-    for part in ("backbone", "head"):
-        for name, value in saved("run")[part].items():
-            assert torch.allclose(two[part][name], value, atol=1e-4), name
-
-
-def two_machines(port, **options):
-    """Runs one command on two nodes, in the folders a and b -> what each printed on stderr."""
-    nodes = []
-    for rank, folder in enumerate("ab"):
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node"]
-        words += ["1", "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port"]
-        words += [str(port), "--", str(HERE / "train.py"), *command(**options)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        nodes.append(subprocess.Popen(words, cwd=folder, text=True, **pipes))
-    errors = []
-    for node in nodes:
-        _, error = node.communicate(timeout=60)
-        errors.append(error)
-    return errors, [node.returncode for node in nodes]
-
-
-def test_two_machines_train_together_and_refuse_to_go_on_apart(folder):
-    """In folders of their own, of which the first alone gets the checkpoint."""
-    for name in "ab":
-        shutil.copytree(folder, f"{name}/data")
-    errors, codes = two_machines(29511, data="data")
-    assert codes == [0, 0], errors
+    os.mkdir("a")
+    os.mkdir("b")
+    options = {"p": 1, "resolutions": 7, "maug": 1, "amp": "off"}
+    printed, codes = two_machines(batch_size=4, **options)
+    assert codes == [0, 0], printed
+    (first, _), (second, _) = printed
+    assert "32 images of 8 identities, 8 in a step" in first
+    assert second == ""
     assert not Path("b/run/last.pt").exists()
-    errors, codes = two_machines(29512, data="data", epochs=2)
+    words = [sys.executable, "frozen.py", HERE, *command(data="data", **options)]
+    subprocess.run(words, check=True)
+    two = saved("a/run")
+    one = saved("run")
+    for part in ("backbone", "head"):
+        for name, value in one[part].items():
+            assert torch.allclose(two[part][name], value, atol=1e-4), name
+    printed, codes = two_machines(batch_size=4, epochs=2, **options)
     assert 0 not in codes
-    for error in errors:
-        assert "error: process 0 is at step 2, process 1 at step 0: --out must be a folder" in error
-    os.remove("b/data/P0/P0_0001.jpg")
-    shutil.copytree("a/run", "b/run", dirs_exist_ok=True)
-    errors, codes = two_machines(29513, data="data", out="new")
-    assert 0 not in codes
-    for error in errors:
-        assert "error: --data holds other images or labels for process 1 than for 0" in error
+    for _, error in printed:
+        assert "error: process 0 is at step 4, process 1 at step 0: --out must be a folder" in error
 
 
-def test_what_one_process_refuses_ends_all(monkeypatch):
-    def gather(everyone, mine):
-        everyone[:] = [mine, {"problem": "--data nowhere: no such folder"}]
-
+def test_processes_that_do_not_begin_with_the_same_are_all_ended(folder, monkeypatch):
+    run = train.prepare(command(data=folder))
+    refused = {
+        "^process 1: --data nowhere: no such folder": {"problem": "--data nowhere: no such folder"},
+        "other images or labels for process 1 than for 0": {"fingerprint": "another"},
+        "process 0 is at step 0, process 1 at step 2": {"step": 2},
+    }
     monkeypatch.setattr(train, "RANKS", 2)
-    monkeypatch.setattr(train.distributed, "all_gather_object", gather)
-    with pytest.raises(UserError, match=r"^process 1: --data nowhere: no such folder"):
-        train.begin_together(None, None)
+    for message, other in refused.items():
+
+        def gather(everyone, mine, other=other):
+            everyone[:] = [mine, mine | other]
+
+        monkeypatch.setattr(train.distributed, "all_gather_object", gather)
+        with pytest.raises(UserError, match=message):
+            train.begin_together(run, None)
 
 
-LEFT_OVER = [  # variables of other launchers, and what a run makes of them
-    ({"LOCAL_RANK": "0"}, 0, ""),
-    ({"RANK": "1", "WORLD_SIZE": "2"}, 1, "one of 2 processes, without LOCAL_RANK, MASTER_ADDR"),
-    ({"SLURM_STEP_NUM_TASKS": "4"}, 1, "one of 4 processes, without LOCAL_RANK"),
-]
-
-
-@pytest.mark.parametrize(("variables", "status", "message"), LEFT_OVER)
-def test_other_launchers_are_told_of_torchrun(variables, status, message):
-    words = [sys.executable, HERE / "train.py", "--help"]
-    environment = os.environ | variables
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == status
-    assert message in done.stderr
-    assert done.stderr.count("\n") <= 1
+def test_other_launchers_are_told_of_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # left over from another tool
+    assert runpy.run_path(str(HERE / "train.py"))["RANKS"] == 1
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as context:
+            context.setenv(name, "4")
+            with pytest.raises(UserError, match=r"one of 4 processes, .* start with torchrun"):
+                train.join_processes()
 
 
 def test_the_demo_learns_from_end_to_end():
@@ -1325,26 +1287,18 @@ def test_the_demo_learns_from_end_to_end():
 
 BAD_COMMANDS = [
     ("train.py --data nowhere", "--data nowhere: no such folder"),
-    ("train.py --data high", "/high/train holds folders of images: should --data be that folder"),
+    ("train.py --data high", "/high/train holds folders of images: should --data be"),
     ("train.py --data faces --out faces/run", "--out faces/run lies in --data"),
     ("train.py --data faces --maug 1:1", "3 resolutions, but a ratio of 2 numbers"),
     ("train.py --data faces --holdout 7", "--holdout 7: of 8 identities, two must be left"),
     ("train.py --maug 1:x:2", "not a ratio: '1:x:2'"),
     ("train.py --maug none", "--maug none leaves no degraded faces: add --loss none"),
-    ("train.py --maug none --loss none --camera 1", "--maug none leaves no degraded faces"),
-    ("train.py --camera 1.1", "1.1 is not from 0 to 1"),
     ("train.py --lr nan", "--lr: nan is not from 0"),
-    (
-        "train.py --batch-size 5000",
-        "2400 images of 150 identities: --batch-size can be 2400 at most",
-    ),
+    ("train.py --batch-size 5000", "2400 images"),
     ("train.py --init net.pt", "a backbone of width 4 cannot"),
     ("train.py --loss l1 --p 2", "--p is the exponent of --loss logexp"),
     ("evaluate.py net.pt", "nothing to do: give --lfw"),
-    (
-        "evaluate.py net.pt --lfw faces --json net.pt",
-        "--json net.pt: the name of its file must end",
-    ),
+    ("evaluate.py net.pt --lfw faces --json net.pt", "--json net.pt: the name of its file"),
     ("evaluate.py nan.pt --lfw faces", "nan.pt: its embeddings are not finite numbers"),
     ("evaluate.py faces --lfw faces", "faces: Is a directory"),
 ]
@@ -1352,7 +1306,6 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("line", "message"), BAD_COMMANDS)
 def test_a_bad_command_ends_in_one_line(line, message, folder, capsys, monkeypatch):
-    os.mkdir("empty")
     shutil.copytree(folder, "faces")
     shutil.copytree(folder, "high/train")
     state = small_backbone().state_dict()
@@ -1367,20 +1320,13 @@ def test_a_bad_command_ends_in_one_line(line, message, folder, capsys, monkeypat
     assert "\n" not in str(stopped.value)
 
 
-class Killed(torch.utils.data.Dataset):
-    """Whose process is killed when it reads an item, as by a system that is out of memory."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_too_little_memory_is_one_line():
-    with pytest.raises(SystemExit, match=r"killed, .* give --workers 0, or docker run --shm-size"):
-        evaluate.run(lambda: list(DataLoader(Killed(), num_workers=1)))
-    with pytest.raises(SystemExit, match="a smaller --batch-size needs less"):
+    def killed():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+
+    with pytest.raises(SystemExit, match=r"killed, .* --workers 0"):
+        evaluate.run(killed)
+    with pytest.raises(SystemExit, match="a smaller --batch-size"):
         evaluate.run(lambda: torch.empty(2**55))
 
 
@@ -1410,7 +1356,8 @@ def test_a_gpu_trains_and_evaluates_without_waiting(folder):
     state = tiny_run(data=folder, device="cuda", holdout=3, camera=0.5)
     assert state["backbone"]["fc.weight"].isfinite().all()
     run = train.prepare(command(data=folder, device="cuda", out="other"))
-    images, labels = random_images(8).cuda(), torch.arange(8).cuda()
+    images = random_images(8).cuda()
+    labels = torch.arange(8).cuda()
     run.model(images, labels)
     torch.cuda.set_sync_debug_mode("error")
     run.model(images, labels)
@@ -1428,32 +1375,29 @@ def test_lrfr_works_alone_in_an_empty_folder_and_notices_a_wrong_gradient():
         assert done.returncode == status
 
 
-def test_the_readmes_training_commands_parse():
-    commands = re.findall(r"^python train.py(.*)", README, re.MULTILINE)
-    assert len(commands) >= 3
-    for line in commands:
-        assert train.parse_arguments(line.partition("#")[0].split()).out
+def test_the_readmes_commands_parse():
+    commands = r"^(?:python|torchrun .*--) (train|evaluate).py ?(.*)"
+    found = re.findall(commands, README, re.MULTILINE)
+    assert len(found) >= 5
+    for name, line in found:
+        script = {"train": train, "evaluate": evaluate}[name]
+        assert script.parse_arguments(line.partition("#")[0].split())
 
 
-def test_the_readmes_torchrun_line_runs_with_two_processes(folder):
-    (line,) = re.findall(r"^torchrun --nproc_per_node=4 -- (.* --p .*)", README, re.MULTILINE)
-    os.symlink(HERE / "train.py", "train.py")
-    printed = torchrun("--nproc_per_node=2", "--", *line.split(), *command(data=folder))
-    assert printed.count("32 images of 8 identities, 16 in a step") == 1  # the first one prints
-    arguments = saved("run")["args"]
-    assert (arguments["processes"], arguments["maug"], arguments["p"]) == (2, "1:1:2", 1)
-
-
-def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the others are ```py
-    names = {"backbone": IResNet(10, 4), "head": ArcFace(4)}
-    names |= {"images": random_images(4), "labels": torch.arange(4)}
-    exec(code, names)
+def test_the_readmes_two_examples_run(files):
+    training, embedding = re.findall(r"```py(?:thon)?\n(.*?)```", README, re.DOTALL)
+    names = {"backbone": IResNet(10, 4), "images": random_images(4), "labels": torch.arange(4)}
+    exec(training, names)
     assert names["loss"].isfinite()
+    write("a.jpg", files[0])
+    write("b.jpg", files[1])
+    torch.save(small_backbone().state_dict(), "last.pt")
+    exec(embedding, names)
+    assert names["embeddings"].shape == (2, 16)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real faces beside the project")
-def test_real_records_and_sets_are_read():
+def test_files_that_mxnet_has_written_are_read():
     faces = train.RecordFaces(REAL / "insightface")
     assert {faces.load(i)[1] for i in range(0, 3000, 10)} == set(range(60))
     assert len(read_bin(REAL / "insightface" / "lfw_fold1.bin").pairs.genuine) == 600
@@ -1472,60 +1416,40 @@ def script(name):
     return importlib.import_module(name)
 
 
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def test_each_command_of_figures_py_draws_or_writes_what_it_says(files, capsys):
-    figures = script("figures")
-    for i in range(8):  # two people, four pictures of each
-        write(f"faces/P{i // 4}/P{i // 4}_000{i % 4 + 1}.jpg", files[i])
+@pytest.fixture(scope="session")
+def trained(files, tmp_path_factory):
+    """faces, four pictures each of two people, and net, a tiny run on them, in one folder."""
+    root = tmp_path_factory.mktemp("trained")
+    for i in range(8):
+        write(f"{root}/faces/P{i // 4}/P{i // 4}_000{i % 4 + 1}.jpg", files[i])
     genuine = ["P0 1 2", "P0 1 3", "P0 1 4", "P1 2 3", "P1 2 4"]
     impostor = ["P0 1 P1 1", "P0 2 P1 2", "P0 3 P1 3", "P0 4 P1 4", "P0 1 P1 2"]
-    pairs = []
-    for both_kinds in zip(genuine, impostor):
-        pairs += both_kinds
-    write("faces/pairs.txt", "\n".join(pairs).encode())
-    tiny_run("net", data="faces")
-    commands = [
-        "derivatives --out plots",
-        "study net/last.pt --lfw faces --data faces --out plots",
-        "errors net/last.pt --lfw faces --images 4 --out plots",
-        "embeddings net/last.pt --lfw faces --out plots",
-        "weights net/last.pt --lfw faces --images 4 --json weights.jsonl",
-        "camera net/last.pt --lfw faces --json camera.jsonl --faces plots/faces.png",
-        "screen net/last.pt --data faces --holdout 2 --json screen.jsonl",
-    ]
-    for command in commands:
-        device = [] if command.startswith("derivatives") else ["--device", "cpu"]
-        figures.main([*command.split(), *device])
-    drawn = ["derivatives", "lfw-both", "lfw-cross", "gradient", "errors", "embeddings-net"]
-    for name in (*drawn, "faces"):
-        assert Image.open(f"plots/{name}.png").width == 960
-    assert len(os.listdir("plots")) == 8  # and study.jsonl
-    study = lines_of("plots/study.jsonl")
-    assert [row["px"] for row in study] == figures.STUDY
-    assert all(row["gradient_norm"] > 0 for row in study)
-    assert len(lines_of("weights.jsonl")) == 3 * 2 * 4  # resolutions, exponents, scales
-    for path, name in {"camera.jsonl": "LFW", "screen.jsonl": "held-out identities"}.items():
-        bicubic, camera = lines_of(path)[:4], lines_of(path)[4:]
-        for rows, degradation in ((bicubic, "bicubic"), (camera, "camera")):
-            assert [row["px"] for row in rows] == [7, 14, 20, 112]
-            assert {(row["set"], row["degradation"]) for row in rows} == {(name, degradation)}
-        assert camera[3]["rank1"] == bicubic[3]["rank1"]  # sharp
-    assert (
-        f"| net | camera | {100 * figures.mean_accuracy(camera):.2f} |" in capsys.readouterr().out
-    )
+    write(f"{root}/faces/pairs.txt", "\n".join(genuine + impostor).encode())
+    tiny_run(root / "net", data=root / "faces")
+    return root
 
 
-def test_the_cameras_that_test_show_a_face_alike_in_every_run(files):
-    figures = script("figures")
-    images = lrfr.to_input(evaluate.read_images(files[:3]), "cpu")
-    for camera in (figures.test_camera, figures.screening_camera):
-        shown = figures.degrade_by(camera, images, 7)
-        assert shown.shape == images.shape
-        assert not shown.equal(images)
-        assert figures.degrade_by(camera, images[1:], 7).equal(shown[1:])
+STUDIED = "gradient.png lfw-both.png lfw-cross.png study.jsonl"
+FIGURES = [  # a command, the files that it writes, and how many lines of results are in them
+    ("derivatives --out new", "derivatives.png", 0),
+    ("errors net/last.pt --lfw faces --images 4 --out new", "errors.png", 0),
+    ("embeddings net/last.pt --lfw faces --out new", "embeddings-net.png", 0),
+    ("study net/last.pt --lfw faces --data faces --out new", STUDIED, 19),
+    ("weights net/last.pt --lfw faces --images 4 --json new/a.jsonl", "a.jsonl", 3 * 2 * 4),
+    ("camera net/last.pt --lfw faces --json new/a.jsonl --faces new/b.png", "a.jsonl b.png", 8),
+    ("screen net/last.pt --data faces --holdout 2 --json new/a.jsonl", "a.jsonl", 8),
+]
+
+
+@pytest.mark.parametrize(("line", "written", "count"), FIGURES)
+def test_each_command_of_figures_py_writes_what_it_says(line, written, count, trained):
+    pytest.importorskip("matplotlib")
+    os.symlink(trained / "faces", "faces")
+    os.symlink(trained / "net", "net")
+    script("figures").main(line.split())
+    assert sorted(os.listdir("new")) == written.split()
+    results = [path.read_text() for path in Path("new").glob("*.jsonl")]
+    assert "".join(results).count("\n") == count
 
 
 def test_speed_py_compares_the_steps_and_counts_images(files, capsys):
@@ -1540,78 +1464,27 @@ def test_speed_py_compares_the_steps_and_counts_images(files, capsys):
     assert capsys.readouterr().out.endswith(" images/s of 1\n")
 
 
-def test_drawing_without_matplotlib_is_refused_in_one_line(monkeypatch):
-    figures = script("figures")
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        figures.main(["derivatives", "--out", "plots"])
-
-
-# ---- 7. Weights out of ONNX files --------------------------------------------------------------
+# ---- 7. Weights out of ONNX files ----------------------------------------------------------------
 
 
 @pytest.fixture
 def from_onnx():
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")  # for exporting
     return script("from_onnx")
 
 
-@pytest.fixture(scope="session")
-def trained():
-    """A small IResNet after a few steps, its 128 image files, and 128 images of other people."""
-    torch.manual_seed(0)
-    faces = train.demo_faces(32, 8, seed=7)
-    images = lrfr.to_input(evaluate.read_images(faces.sources), "cpu").contiguous()
-    labels = torch.from_numpy(faces.labels)
-    backbone, head = IResNet(10, 8, 32), ArcFace(32, 32, scale=16, margin=0.1)
-    for module in backbone.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
-    optimiser = torch.optim.SGD([*backbone.parameters(), *head.parameters()], 0.05, momentum=0.9)
-    for chosen in torch.arange(128).view(16, 8).T.repeat(2, 1):
-        loss = F.cross_entropy(head(backbone(images[chosen]), labels[chosen]), labels[chosen])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    for module in backbone.modules():
-        module.momentum = 1.0  # the statistics are those of the next batch
-    with torch.no_grad():
-        backbone.layer2[0].bn2.weight[0] = 0  # folds a filter of zeros
-        backbone(images[:128])
-    for module in backbone.modules():
-        module.momentum = 0.1
-    return backbone.eval(), faces.sources[:128], images[128:]
-
-
-def export(backbone, path, exporter):
+def export(backbone, path, exporter="insightface"):
     """Writes an ONNX file as InsightFace's torch2onnx.py does, or with torch's new exporter."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    images = torch.zeros(2, 3, 112, 112)
+    image = torch.zeros(2, 3, 112, 112)
+    options = {"dynamo": False, "opset_version": 11, "keep_initializers_as_inputs": False}
     if exporter == "new":
-        batch = ({0: torch.export.Dim("batch")},)
-        torch.onnx.export(backbone, (images,), path, dynamo=True, dynamic_shapes=batch)
-        return onnx.load(path)
-    torch.onnx.export(
-        backbone,
-        (images[:1],),
-        path,
-        dynamo=False,
-        input_names=["data"],
-        keep_initializers_as_inputs=False,
-        opset_version=11,
-    )
-    model = onnx.load(path)
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "None"
-    onnx.save(model, path)
-    return model
+        options = {"dynamo": True, "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    torch.onnx.export(backbone, (image,), path, **options)
 
 
 def train_step(backbone, images):
-    """Embeddings in training mode, and the gradient of the first convolution."""
-    backbone = copy.deepcopy(backbone).train()
-    embeddings = backbone(images)
+    """The embeddings in training mode, and the gradient of the first convolution."""
+    embeddings = backbone.train()(images)
     torch.manual_seed(0)
     head = ArcFace(32, 32, scale=16, margin=0.1)
     labels = torch.arange(len(images)) % 32
@@ -1619,107 +1492,99 @@ def train_step(backbone, images):
     return embeddings, backbone.conv1.weight.grad.flatten()
 
 
+def trained_backbone(images):
+    """A small IResNet after a few steps, with the statistics of these images."""
+    torch.manual_seed(0)
+    backbone = IResNet(10, 4, 32)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+        module.momentum = 1.0  # the statistics are those of the last batch
+    optimiser = torch.optim.SGD(backbone.parameters(), 0.05, momentum=0.9)
+    for batch in images.chunk(8):
+        train_step(backbone, batch)
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        backbone.layer2[0].bn2.weight[0] = 0  # folds a filter of zeros
+        backbone(images)
+    return backbone.eval()
+
+
 @pytest.mark.filterwarnings("ignore")  # torch warns of its old exporter
-@pytest.mark.parametrize("exporter", ["insightface", "new"])
-def test_an_onnx_file_comes_back_as_a_network_that_trains_as_it_did(exporter, from_onnx, trained):
-    original, sources, images = trained
-    model = export(original, "net.onnx", exporter)
-    kinds = [node.op_type for node in model.graph.node]
-    assert kinds.count("BatchNormalization") == {"insightface": 6, "new": 5}[exporter]  # of 19
-    for i, source in enumerate(sources):
+@pytest.mark.parametrize(("exporter", "norms"), [("insightface", 6), ("new", 5)])
+def test_an_onnx_file_comes_back_as_a_network_that_trains_as_it_did(exporter, norms, from_onnx):
+    faces = train.demo_faces(32, 8, seed=7)
+    images = lrfr.to_input(evaluate.read_images(faces.sources), "cpu").contiguous()
+    original = trained_backbone(images[:128])
+    export(original, "net.onnx", exporter)
+    kinds = [node.op_type for node in from_onnx.onnx.load("net.onnx").graph.node]
+    assert kinds.count("BatchNormalization") == norms  # the others of 19 are folded
+    for i, source in enumerate(faces.sources[:128]):
         write(f"faces/{i}.jpg", source)
     from_onnx.main(["net.onnx", "--images", "faces", "--out", "net.pth"])
     converted = load_backbone("net.pth")
+    strangers = images[128:]
     with torch.no_grad():
         assert torch.allclose(converted(images[:8]), original(images[:8]), rtol=0, atol=1e-4)
-    embeddings, gradient = train_step(converted, images)
-    expected, expected_gradient = train_step(original, images)
+    original.zero_grad()
+    embeddings, gradient = train_step(converted, strangers)
+    expected, expected_gradient = train_step(original, strangers)
     assert F.cosine_similarity(embeddings, expected).min() > 0.95
     assert F.cosine_similarity(gradient, expected_gradient, 0) > 0.9
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_onnx_graph_may_be_written_in_other_ways(from_onnx, trained):
-    """No names, MatMul and Add, Constants, Dropout, another epsilon, the shortcut's Conv first."""
-    onnx = pytest.importorskip("onnx")
-    model = export(trained[0], "net.onnx", "insightface")
-    graph = model.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
+def test_an_onnx_graph_may_be_written_in_other_ways(from_onnx, folder):
+    """MatMul and Add in place of Gemm, another epsilon; equal slopes of PReLU are one tensor."""
+    onnx = from_onnx.onnx
+    export(small_backbone(), "net.onnx")  # all slopes are 0.25
+    model = onnx.load("net.onnx")
     nodes = []
-    for node in graph.node:
-        node.name = ""
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            node.attribute[0].f = 0.1  # epsilon
         if node.op_type == "Gemm":
             x, weight, bias = node.input
-            transposed = onnx.numpy_helper.to_array(stored[weight]).T.astype(np.float16)
-            stored[weight].CopyFrom(onnx.numpy_helper.from_array(transposed, weight))
-            nodes.append(onnx.helper.make_node("Cast", [weight], ["float32"], to=1))
-            nodes.append(onnx.helper.make_node("Dropout", [x], ["dropped"]))
-            nodes.append(onnx.helper.make_node("MatMul", ["dropped", "float32"], ["product"]))
+            (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
+            transposed = onnx.numpy_helper.to_array(tensor).T.copy()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(transposed, weight))
+            nodes.append(onnx.helper.make_node("MatMul", [x, weight], ["product"]))
             node = onnx.helper.make_node("Add", [bias, "product"], node.output)
-        if node.op_type == "PRelu" and node.input[1] in stored:
-            slope = onnx.helper.make_node("Constant", [], ["slope"], value=stored[node.input[1]])
-            slope.output[0] = f"slope of {node.output[0]}"
-            node.input[1] = slope.output[0]
-            nodes.append(slope)
-        if node.op_type == "BatchNormalization":
-            node.attribute[0].f = 0.1
         nodes.append(node)
-        if "downsample" in node.output[0]:
-            nodes.insert(len(nodes) - 6, nodes.pop())
-    del graph.node[:]
-    graph.node.extend(nodes)
-    onnx.checker.check_model(model)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, "net.onnx")
-    for i in range(3):
-        write(f"faces/{i}.jpg", trained[1][i])
-    # It compares the embeddings itself.
-    from_onnx.main(["net.onnx", "--images", "faces", "--out", "net.pth"])
+    from_onnx.main(["net.onnx", "--images", str(folder), "--out", "net.pth"])  # compares
     assert load_backbone("net.pth").features.running_var.min() > 0.1 - 1e-5
 
 
-BAD_ONNX = [
-    ("cut.onnx", "cut.onnx: not an ONNX file, or a damaged one"),
-    ("net.pth", "net.pth: not an ONNX file, or a damaged one"),
-    ("empty.onnx", "empty.onnx: not InsightFace's IResNet: the graph ends, where Conv was"),
-    ("nowhere.onnx", "nowhere.onnx: No such file"),
-    ("mobile.onnx", "is Clip '/features/features.0/features.0.2/Clip', where PRelu was expected"),
-    ("stride.onnx", "its embeddings are not those of an IResNet; nothing is written"),
-    ("net.onnx --images none", "--images none: 0 images"),
-]
-
-
-@pytest.fixture(scope="session")
-def bad_onnx(tmp_path_factory):
-    """A folder with the files of BAD_ONNX, two faces, and an empty folder."""
-    folder = tmp_path_factory.mktemp("onnx")
-    backbone = small_backbone()
-    export(backbone, folder / "net.onnx", "insightface")
-    content = (folder / "net.onnx").read_bytes()
-    write(folder / "cut.onnx", content[:-10])
-    write(folder / "empty.onnx", b"")
-    torch.save(backbone.state_dict(), folder / "net.pth")
-    block = backbone.layer2[0]
-    block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
-    export(backbone, folder / "stride.onnx", "insightface")
-    mobile = torchvision.models.mobilenet_v2(width_mult=0.1).eval()
-    export(mobile, folder / "mobile.onnx", "insightface")
-    for i, source in enumerate(train.demo_faces(1, 2, seed=0).sources):
-        write(folder / f"faces/{i}.jpg", source)
-    (folder / "none").mkdir()
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("line", "message"), BAD_ONNX)
-def test_what_is_no_onnx_file_of_an_iresnet_ends_in_one_line(
-    line, message, from_onnx, bad_onnx, monkeypatch
-):
-    monkeypatch.chdir(bad_onnx)
-    arguments = ["--images", "faces", "--out", "out.pth", *line.split()]
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.run(lambda: from_onnx.main(arguments))
-    assert message in str(stopped.value)
-    assert "\n" not in str(stopped.value)
+def test_what_is_no_onnx_file_of_an_iresnet_is_named(from_onnx, files):
+    os.mkdir("none")
+    write("faces/0.jpg", files[0])
+    write("faces/1.jpg", files[1])
+    backbone = small_backbone()
+    export(backbone, "net.onnx")
+    write("cut.onnx", Path("net.onnx").read_bytes()[:-10])
+    write("empty.onnx", b"")
+    block = backbone.layer2[0]
+    block.conv1.stride = (2, 2)
+    block.conv2.stride = (1, 1)
+    export(backbone, "stride.onnx")
+    export(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()), "other.onnx")
+    refused = {
+        "cut.onnx": "cut.onnx: not an ONNX file, or a damaged one",
+        "empty.onnx": "empty.onnx: not InsightFace's IResNet: the graph ends, where Conv was",
+        "nowhere.onnx": "nowhere.onnx: No such file",
+        "other.onnx": "node 2 of 2 is Relu .*, where PRelu was expected",
+        "stride.onnx": "its embeddings are not those of an IResNet; nothing is written",
+        "net.onnx --images none": "--images none: 0 images",
+    }
+    for line, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            from_onnx.main(["--images", "faces", "--out", "out.pth", *line.split()])
     assert not os.path.exists("out.pth")
 
 
