@@ -871,14 +871,16 @@ def existing_device(text):
 
 
 def add_device_options(parser):
+    add = parser.add_argument
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    text = f"cpu, cuda, cuda:1 ... (default: {default})"
-    parser.add_argument("--device", type=existing_device, default=default, help=text)
-    text = "precision of the backbone; auto: bf16 where supported, else fp16 on GPUs, off on CPUs"
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=text)
-    workers = min(4, os.cpu_count() or 1)
-    text = f"processes that read images (default: {workers}; evaluation on a CPU needs none)"
-    parser.add_argument("--workers", type=number(int, 0, 256), default=workers, help=text)
+    text = "cpu, cuda, cuda:1 ... (default: %(default)s)"
+    add("--device", type=existing_device, default=default, help=text)
+    text = "precision of the backbone; auto: bf16 where supported, else fp16 on GPUs, off on CPUs "
+    text += "(default: %(default)s)"
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help=text)
+    default = min(4, os.cpu_count() or 1)
+    text = "processes that read images; evaluation on a CPU needs none (default: %(default)s)"
+    add("--workers", type=number(int, 0, 256), default=default, help=text)
 
 
 if __name__ == "__main__":

@@ -506,6 +506,9 @@ def test_read_image_takes_8_bits_of_any_kind_and_nothing_else():
         Image.fromarray(np.ones((112, 112), kind)).save("deep.tif")
         with pytest.raises(UserError, match=r"^deep.tif: pixels of mode [IF].*, not 8-bit"):
             read_image("deep.tif")
+    Image.new("1", (14_000, 14_000)).save("huge.png")
+    with pytest.raises(UserError, match=r"^huge.png: far too large for a face"):
+        read_image("huge.png")
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n"  # for Ghostscript to run
     with pytest.raises(UserError, match="not a readable image"):
         read_image(script)
