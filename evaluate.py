@@ -4,7 +4,8 @@
 Verification asks whether two images show the same person. It is measured at several resolutions,
 with both images degraded ("both", which the paper plots) and with a sharp image against a degraded
 one ("cross": the first sharp, like a passport photo, the second from a camera). Identification asks
-whether the nearest image of a gallery shows the person of a probe.
+whether the nearest image of a gallery shows the person of a probe. Errors, files and devices come
+last, in section 6.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Benchmark:
     identity: np.ndarray | None = None  # (n,) whose face it is; -1 for distractors
     gallery: np.ndarray | None = None  # indices of images
     probes: dict = field(default_factory=dict)  # {name of a group: indices of images}
-    thresholds: int = 401  # how many, between cosines of -1 and 1; 401 in the official code
+    thresholds: int = 401  # how many, from a cosine of -1 to 1: steps of .005, as officially
 
     def __post_init__(self):
         if self.pairs is None:
@@ -80,7 +81,7 @@ class Benchmark:
                 warn_once(f"{self.name}: {text}")
         doubles = sum(self.sources[i] == self.sources[j] for i, j in zip(first, second))
         if doubles:
-            warn_once(f"{self.name}: {doubles} pairs are an image and itself: the easiest there is")
+            warn_once(f"{self.name}: {doubles} pairs compare an image with itself: remove them")
 
     def count_mates(self, probes):
         """How many of these probes have an image of the same person in the gallery."""
@@ -113,8 +114,8 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     place_of, pairs = {}, []  # place_of: image -> its place among the sources
     for line_number, line in enumerate(unicodedata.normalize("NFC", text).splitlines(), 1):
         fields = line.split("\t" if "\t" in line else separator)
-        fields = [text.strip() for text in fields if text.strip()]
-        numbers = [text for text in fields if text.isdecimal()]
+        fields = [entry.strip() for entry in fields if entry.strip()]
+        numbers = [entry for entry in fields if entry.isdecimal()]
         if not fields or (line_number == 1 and (len(fields) < 3 or not numbers)):
             continue  # the first line may be a header: folds, pairs of each kind in a fold
         try:
@@ -330,9 +331,8 @@ FARS = np.logspace(-3, 0, 31)  # false acceptance rates of a ROC curve
 def roc_curve(scores, genuine):
     """True acceptance rate (TAR) of genuine pairs at each of FARS, or None if there are too few.
 
-    The threshold of a rate is the lowest that accepts at most that share of all impostor pairs, as
-    usual. (InsightFace takes one per fold and interpolates: its TAR is 1.2 points lower where it is
-    20 to 50 %.)
+    The threshold of a rate is the lowest that accepts at most that share of all impostor pairs.
+    (InsightFace takes one in each fold, which makes its TAR a little lower.)
     """
     impostor = np.sort(scores[~genuine])[::-1]
     if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
@@ -386,7 +386,7 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
     loader = DataLoader(
         sources,
         batch_size=256 if on_gpu else 64,
-        num_workers=settings.workers if on_gpu else 0,  # a CPU has no time to spare meanwhile
+        num_workers=settings.workers if on_gpu else 0,  # a CPU is busy with the network
         collate_fn=read_batch,
     )
     parts = {key: [] for key in itertools.product(backbones, resolutions)}
@@ -401,7 +401,9 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
                 with autocast(settings.device, settings.amp):
                     embeddings = lrfr.embed(backbone, degraded, settings.flip).float().cpu()
                 if not embeddings.isfinite().all():
-                    raise UserError(f"{name}: its embeddings are not finite numbers")
+                    raise UserError(
+                        f"{name}: not all its embeddings are finite numbers: give --amp off"
+                    )
                 parts[name, px].append(embeddings)
         now = time.monotonic()
         if now - shown > 5:
@@ -420,7 +422,7 @@ def warn_of_sizes(title, sizes):
     if sizes:
         ((width, height), _) = sizes.most_common(1)[0]
         text = f"{sizes.total():,} of {total:,} images are not 112 x 112 but, say, {width} x "
-        text += f"{height}: they are resized; unless they show aligned faces, accuracy is too low"
+        text += f"{height}: they are resized, which is right for aligned faces alone"
         warn_once(f"{title}: {text}")
 
 
@@ -538,7 +540,7 @@ def table(rows):
     text = f"\n{first['set']}, flip test {first['flip']}, {first['precision']}; shares in %\n"
     if "pairs" in first:
         text += f"{first['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
-        text += "threshold: the cosine from which to accept\n"
+        text += "threshold: the cosine from which to accept, for the best accuracy\n"
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         padded = [entry.rjust(width) for entry, width in zip(line, widths)]
@@ -564,7 +566,9 @@ def plot(folder, rows):
                 px, shares = zip(*points)
                 accuracy.plot(px, shares, marker="o", label=f"{name}, {kind}")
         for row in own:
-            label = f"{name}, {row.get('part') or row['px']}"
+            label = f"{name}, {row['px']} px"
+            if row.get("part", "all") != "all":
+                label = f"{name}, {row['part']}"
             if row.get("cross_roc"):
                 roc.plot(FARS, row["cross_roc"], label=label)
             if "cmc" in row:
@@ -631,7 +635,7 @@ def main(argv=None):
     use_device(args.device)
     settings = Settings(args.device, args.amp, args.workers, args.flip)
     if args.json and not os.path.exists(args.json):
-        save_rows(args, [])  # what cannot be written fails now, not after hours
+        save_rows(args, [])  # a new file that cannot be written fails now, not after hours
     if args.plots:
         os.makedirs(args.plots, exist_ok=True)
     backbones = {}
@@ -800,12 +804,12 @@ def images_below(root):
             if ending.lower() in IMAGE_ENDINGS:
                 paths.append(os.path.join(folder, name))
             else:
-                warn_once(f"files that end in '{ending}' are passed over: they are no known images")
+                warn_once(f"files that end in '{ending}' are passed over: no known kind of image")
     return sorted(paths)
 
 
 def load_backbone(path):
-    """lrfr.load_backbone, whose errors are the file's."""
+    """lrfr.load_backbone, with its ValueError as a UserError."""
     try:
         return lrfr.load_backbone(path)
     except ValueError as error:

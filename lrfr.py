@@ -166,7 +166,7 @@ class MAug:
     camera: the probability, 0 to 1, that `photograph` degrades an image, in place of `degrade`. 0
     is the paper's augmentation.
     photograph: another camera, if you have one: (images, px) -> the same shape and dtype. px is an
-    integer tensor (N,) on the CPU; N may be 0.
+    integer tensor (N,) on the CPU.
     ValueError for other values or lengths.
     """
 
@@ -200,8 +200,9 @@ class MAug:
         degraded = degrade(images, px)
         if self.camera > 0:
             chosen = (torch.rand(len(px), device="cpu") < self.camera).nonzero().squeeze(1)
-            places = to_device_of(images, chosen)
-            degraded[places] = self.photograph(images[places], px[chosen])
+            if len(chosen) > 0:
+                places = to_device_of(images, chosen)
+                degraded[places] = self.photograph(images[places], px[chosen])
         return degraded
 
 

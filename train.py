@@ -40,7 +40,6 @@ RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # which of them this on
 
 # ---- 1. Options ----------------------------------------------------------------------------------
 
-# The demo's defaults.
 DEMO = {
     "backbone": "r10",
     "width": 16,
@@ -87,11 +86,11 @@ def parse_arguments(argv):
     add("--epochs", 20, "passes over the data", number(int, 1))
     add("--batch-size", 128, "faces in a step of one process", number(int, 2))
     add("--lr", 0.02, "highest learning rate", number(float, 0))
-    text = "random affine, brightness and contrast, against overfitting on small sets"
+    text = "random turn, shift, scale, light, against overfitting; 1: to 9 degrees, 30 %% of light"
     add("--jitter", 0.0, text, number(float, 0, 3))
     text = "checkpoint or InsightFace weights for the backbone, whatever --backbone and --width say"
     add("--init", None, text, metavar="FILE")
-    text = "last identities of an image folder, for a table; None: up to 5 %%, at most 100"
+    text = "identities of an image folder to evaluate, not to train on; None: 5 %%, at most 100"
     add("--holdout", None, text, number(int, 0))
     add("--out", None, "folder of the run; None: under runs/, named after the options")
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
@@ -105,10 +104,14 @@ def parse_arguments(argv):
         parser.error("--maug none leaves no degraded faces: add --loss none, without --camera")
     if args.p != 1 and args.loss != "logexp":
         parser.error("--p is the exponent of --loss logexp")
+    if args.weight is not None and args.loss == "none":
+        parser.error("--weight is that of a distance: --loss none has none")
+    if args.holdout and args.data == "demo":
+        parser.error("--holdout is for image folders; the demo has people of its own for its table")
     try:
         make_maug(args)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--maug, --resolutions: {error}")
     if args.out is None:
         data = os.path.basename(os.path.realpath(args.data))
         ratio = args.maug.replace(":", "_")
@@ -147,8 +150,9 @@ class Run:
     model: lrfr.LRFR
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # at work in float16 only
+    begun: bool = False  # whether the folder's last.pt is this run's
     step: int = 0  # steps done
-    evaluated: bool = True  # whether no table is due for this step
+    table_due: bool = False  # whether this step's table is still to be made
 
 
 def train(run):
@@ -163,13 +167,11 @@ def train(run):
     per_step = args.batch_size * RANKS
     per_epoch = len(run.faces) // per_step
     steps = per_epoch * args.epochs
-    if run.step > steps:
-        raise UserError(f"{args.out}/last.pt is at step {run.step}, --epochs ends at step {steps}")
     to_do = range(run.step, steps)
     order = batches(len(run.faces), args.batch_size, args.seed, to_do)
     on_gpu = args.device.type == "cuda"
     loader = DataLoader(run.faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
-    if not run.evaluated:  # the run was interrupted between its last checkpoint and that table
+    if run.table_due:  # the run was interrupted while it made this table
         run_benchmarks(run)
     begin, started = run.step, time.monotonic()
     reported = started
@@ -193,17 +195,16 @@ def train(run):
 
         epoch_ends = run.step % per_epoch == 0
         saves = epoch_ends or run.step % args.save_every == 0
-        now = time.monotonic()
         # The first five steps tell how long the run will take.
-        if saves or run.step == begin + 5 or now - reported > 10:
-            reported = now
-            seconds = (now - started) / (run.step - begin)
-            left = timedelta(seconds=int((steps - run.step) * seconds))
-            rate = per_step / max(seconds, 1e-9)
-            epoch = math.ceil(run.step / per_epoch)
+        if saves or run.step == begin + 5 or time.monotonic() - reported > 10:
             losses = {"loss": loss.item()}  # here the CPU waits for a GPU
             for name, value in parts.items():
                 losses[name] = value.item()
+            reported = time.monotonic()
+            seconds = (reported - started) / (run.step - begin)
+            left = timedelta(seconds=int((steps - run.step) * seconds))
+            rate = per_step / max(seconds, 1e-9)
+            epoch = math.ceil(run.step / per_epoch)
             if not loss.isfinite():
                 raise UserError(f"loss {loss} at step {run.step}: give a lower --lr, a new --out")
             text = f"epoch {epoch}/{args.epochs}  step {run.step:,}/{steps:,}"
@@ -214,10 +215,12 @@ def train(run):
             report(args, text, {"step": run.step, **losses, "lr": lr, "faces_per_s": rate})
         if saves:
             last_of_epoch = epoch_ends and run.faces.evaluated_each_epoch
-            run.evaluated = not (last_of_epoch or run.step == steps)
+            run.table_due = last_of_epoch or run.step == steps
             save_last(run)
-        if not run.evaluated:
+        if run.table_due:
+            before = time.monotonic()
             run_benchmarks(run)
+            started += time.monotonic() - before  # is no part of the rate
 
 
 def report(args, text, entry):
@@ -229,7 +232,7 @@ def report(args, text, entry):
 
 
 def run_benchmarks(run):
-    """Evaluates the backbone, in the first process, and notes it in the checkpoint."""
+    """Evaluates the backbone, and notes it in last.pt. Only the first process has benchmarks."""
     args, backbone = run.args, run.model.backbone
     settings = evaluate.Settings(args.device, args.amp, args.workers)
     mode = backbone.training
@@ -243,7 +246,7 @@ def run_benchmarks(run):
         else:
             report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
     backbone.train(mode)
-    run.evaluated = True
+    run.table_due = False
     if run.benchmarks:
         save_last(run)
 
@@ -280,7 +283,7 @@ def prepare(argv):
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
     if state is not None:
-        check_same(args, state)  # here the options, below the data as well
+        check_same(args, state)  # early, for the options: reading the data can take long
     faces, benchmarks = open_data(args)
     args.images = len(faces)
     args.classes = faces.classes
@@ -307,9 +310,23 @@ def prepare(argv):
             if state[name]:  # the scaler has a state in float16 only
                 part.load_state_dict(state[name])
         optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
+        run.begun = True
         run.step = state["step"]
-        run.evaluated = state.get("evaluated", True)
+        run.table_due = state["table_due"]
+    steps = args.images // (args.batch_size * RANKS) * args.epochs
+    if run.step > steps:
+        text = f"is at step {run.step}, --epochs {args.epochs} end at step {steps}"
+        raise UserError(f"{args.out}/last.pt {text}: give more, or another --out")
     return run
+
+
+def leave_first_files(run):
+    """Claims the run's folder: a second run there is refused, and a full disk is noticed now."""
+    if not run.begun:
+        if Path(run.args.out, "last.pt").exists():
+            raise UserError(f"{run.args.out}: another run has begun there meanwhile: give --out")
+        save_last(run)
+    show_faces(run.args, run.faces)
 
 
 def check_folders(args):
@@ -345,7 +362,7 @@ def make_backbone(args, state):
         backbone = lrfr.IResNet(int(args.backbone[1:]), args.width)
     width = backbone.conv1.out_channels
     if args.device.type == "cpu" and width < 16:  # oneDNN would write outside of its memory
-        text = "cannot train on a CPU (oneDNN issue 6035): give --width 16 or more"
+        text = "cannot train on a CPU, 16 and more can (oneDNN issue 6035)"
         raise UserError(f"a backbone of width {width} {text}")
     return backbone
 
@@ -377,10 +394,12 @@ def read_last(args):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         dict(state["args"])
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except Exception:  # of a dozen kinds, for a damaged file
-        raise UserError(f"{path} is damaged: move it away, or give another --out") from None
+    except Exception as error:  # of a dozen kinds, for a damaged file
+        reason = evaluate.one_line(error)[:80]
+        text = "is damaged: move it away, or give another --out"
+        raise UserError(f"{path} {text} ({reason})") from None
     return state
 
 
@@ -404,7 +423,9 @@ def begin_together(run, problem):
     """Ends every process if one of them has a problem, or if they do not begin with the same."""
     mine = {"problem": problem}
     if run is not None:
-        mine |= {"fingerprint": run.args.fingerprint, "step": run.step}
+        own = {"data", "out", "init", "workers", "device"}  # may differ between machines
+        mine["options"] = {key: value for key, value in vars(run.args).items() if key not in own}
+        mine["step"] = run.step
     everyone = [None] * RANKS
     distributed.all_gather_object(everyone, mine)
     for rank, other in enumerate(everyone):
@@ -412,8 +433,12 @@ def begin_together(run, problem):
             raise UserError(f"process {rank}: {other['problem']}")
     first = everyone[0]
     for rank, other in enumerate(everyone):
-        if other["fingerprint"] != first["fingerprint"]:
+        if other["options"]["fingerprint"] != first["options"]["fingerprint"]:
             raise UserError(f"--data holds other images or labels for process {rank} than for 0")
+        for key, value in other["options"].items():
+            if value != first["options"][key]:
+                text = f"process {rank} has {key} {value}, process 0 {first['options'][key]}"
+                raise UserError(f"{text}: give every machine the same command")
         if other["step"] != first["step"]:
             text = f"process 0 is at step {first['step']}, process {rank} at step {other['step']}"
             raise UserError(f"{text}: --out must be a folder that all machines share, or a copy")
@@ -432,7 +457,7 @@ def parts_of(run):
 def save_last(run):
     """Writes the run's checkpoint, in the first process."""
     if RANK == 0:
-        state = {"step": run.step, "evaluated": run.evaluated, "args": vars(run.args)}
+        state = {"step": run.step, "table_due": run.table_due, "args": vars(run.args)}
         for name, part in parts_of(run).items():
             state[name] = part.state_dict()
         with evaluate.new_file(Path(run.args.out, "last.pt")) as file:
@@ -472,7 +497,7 @@ class Faces(Dataset):
         self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
-        self.fingerprint = fingerprint  # differs where images or labels do
+        self.fingerprint = fingerprint  # of paths and labels, or of train.idx; not of pixels
 
     def __len__(self):
         return len(self.sources)
@@ -494,7 +519,7 @@ class Faces(Dataset):
 def read_face(source):
     image = evaluate.open_image(source)
     if image.size != (SIZE, SIZE):
-        warn_once("some images to train on are not 112 x 112, but resized: they should be aligned")
+        warn_once("images to train on that are not 112 x 112 are resized: they should be aligned")
     return evaluate.to_pixels(image)
 
 
@@ -517,7 +542,8 @@ def image_folder(root):
             labels += [classes] * len(images)
             classes += 1
     if others:
-        warn_once(f"{root}: {len(others)} files are in no identity's folder: {others[0]} ...")
+        text = f"{len(others)} files beside the identities' folders are passed over"
+        warn_once(f"{root}: {text}, such as {others[0]}")
     return paths, np.array(labels, int)
 
 
@@ -771,7 +797,7 @@ def hold_out(name, sources, labels):
 def jitter(images, strength):
     """Turns, scales, shifts and lights each of (N, 3, H, W) in [-1, 1] at random.
 
-    Against overfitting on small sets. strength 1: up to 9 degrees, 5 % of the size, 15 % of scale,
+    strength 1: up to 9 degrees, 5 % of the size, 15 % of scale,
     30 % of brightness and contrast. Drawn on the CPU, so that they are the same on every device.
     """
     if strength == 0:
@@ -816,6 +842,8 @@ def main(argv=None):
     run, problem = None, None
     try:
         run = prepare(argv)
+        if RANK == 0:
+            leave_first_files(run)
     except (UserError, OSError) as error:
         if RANKS == 1:
             raise
@@ -827,16 +855,10 @@ def main(argv=None):
     text += f", {args.batch_size * RANKS} in a step; loss {args.loss}"
     if args.loss != "none":
         text += f", weight {args.weight:g}"
-    if run.step > 0:
+    if run.begun:
         text += f"; going on from step {run.step:,}"
     text += f"; run: {args.out}"
     report(args, text, {"args": vars(args)})
-    if RANK == 0:
-        if run.step == 0 and Path(args.out, "last.pt").exists():
-            raise UserError(f"{args.out}: another run has begun there meanwhile: give --out")
-        show_faces(args, run.faces)
-    if run.step == 0:
-        save_last(run)  # a full disk is noticed now, and a second run here is refused
     try:
         train(run)
     except KeyboardInterrupt:
