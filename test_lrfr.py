@@ -1449,14 +1449,14 @@ def script(name):
 
 @pytest.fixture(scope="session")
 def trained(files, tmp_path_factory):
-    """faces, four pictures each of two people, and net, a tiny run on them, in one folder."""
+    """faces, four pictures each of four people, and net, a tiny run on two of them."""
     root = tmp_path_factory.mktemp("trained")
-    for i in range(8):
+    for i in range(16):
         write(f"{root}/faces/P{i // 4}/P{i // 4}_000{i % 4 + 1}.jpg", files[i])
     genuine = ["P0 1 2", "P0 1 3", "P0 1 4", "P1 2 3", "P1 2 4"]
     impostor = ["P0 1 P1 1", "P0 2 P1 2", "P0 3 P1 3", "P0 4 P1 4", "P0 1 P1 2"]
     write(f"{root}/faces/pairs.txt", "\n".join(genuine + impostor).encode())
-    tiny_run(root / "net", data=root / "faces")
+    tiny_run(root / "net", data=root / "faces", holdout=2)
     return root
 
 
@@ -1467,7 +1467,8 @@ FIGURES = [  # a command, the files that it writes, and how many lines of result
     ("embeddings net/last.pt --lfw faces --out new", "embeddings-net.png", 0),
     ("study net/last.pt --lfw faces --data faces --out new", STUDIED, 19),
     ("weights net/last.pt --lfw faces --images 4 --json new/a.jsonl", "a.jsonl", 3 * 2 * 4),
-    ("camera net/last.pt --lfw faces --json new/a.jsonl --faces new/b.png", "a.jsonl b.png", 8),
+    ("faces --out new", "camera.png", 0),
+    ("camera net/last.pt --lfw faces --json new/a.jsonl", "a.jsonl", 8),
     ("screen net/last.pt --data faces --holdout 2 --json new/a.jsonl", "a.jsonl", 8),
 ]
 

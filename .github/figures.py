@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The paper's analysis figures, and what more RESULTS.md measures:
+"""Draws the paper's analysis figures, and measures what else RESULTS.md shows:
 
 python .github/figures.py study CHECKPOINT... --lfw DIR --data FOLDER --out DIR
 python .github/figures.py derivatives --out DIR
 python .github/figures.py errors CHECKPOINT... --lfw DIR --out DIR
 python .github/figures.py embeddings CHECKPOINT... --lfw DIR --out DIR
 python .github/figures.py weights CHECKPOINT... --lfw DIR [--json FILE]
-python .github/figures.py camera CHECKPOINT... --lfw DIR [--json FILE] [--faces FILE.png]
+python .github/figures.py faces --out DIR
+python .github/figures.py camera CHECKPOINT... --lfw DIR [--json FILE]
 python .github/figures.py screen CHECKPOINT... --data FOLDER --holdout N [--json FILE]
 
 Checkpoints are called after their folders. Drawing needs matplotlib.
@@ -404,20 +405,20 @@ def test_camera(pixels, px, rng):
 def screening_camera(pixels, px, rng):
     """Shows a face as a third camera does, by which the settings of lrfr.photograph were chosen.
 
-    It shares no step with either of them. How strong a step is, is drawn uniformly for each image:
+    None of its steps is of the same kind as theirs. Strengths are drawn uniformly for each image:
 
     defocus     a disc, radius 0.2 to 0.7 of the camera's pixels
     position    shifted by up to half a pixel of the camera in each direction
     gamma       0.7 to 1.4
     shrinking   Lanczos
-    noise       uniform, up to 1.7 times 0.01 to 0.08 of white
+    noise       uniform, standard deviation 0.01 to 0.08 of white
     WebP        quality 30 to 70
     enlarging   Hamming
     """
     radius = rng.uniform(0.2, 0.7) * SIZE / px
     y, x = np.mgrid[-56:56, -56:56]
     from_middle = np.hypot(x, y)
-    disc = (from_middle <= max(radius, 0.5)).astype(float)
+    disc = (from_middle <= radius).astype(float)
     disc = disc / disc.sum()
     defocus = np.fft.rfft2(np.fft.ifftshift(disc))
     down = rng.uniform(-0.5, 0.5) * SIZE / px
@@ -433,7 +434,7 @@ def screening_camera(pixels, px, rng):
     image = Image.fromarray(large).resize((px, px), Image.Resampling.LANCZOS)
     light = np.asarray(image) / 255
     noise = rng.uniform(0.01, 0.08)
-    light = light + 1.7 * rng.uniform(-noise, noise, light.shape)
+    light = light + 1.7 * rng.uniform(-noise, noise, light.shape)  # 1.7: about the root of 3
     small = (255 * light.clip(0, 1)).round().astype(np.uint8)
     webp = io.BytesIO()
     quality = int(rng.integers(30, 71))
@@ -455,8 +456,8 @@ def degrade_by(photograph, images, px):
     return lrfr.to_input(pixels, images.device)
 
 
-def draw_faces(path):
-    """Draws eight faces of the demo, each above its degraded versions."""
+def faces(args):
+    """Draws camera.png: eight faces of the demo, each above its degraded versions."""
     files = train.demo_faces(8, 1, seed=3).sources
     sharp = lrfr.to_input(evaluate.read_images(files), "cpu")
     torch.manual_seed(0)  # for lrfr.photograph
@@ -465,18 +466,18 @@ def draw_faces(path):
         rows += [lrfr.degrade(sharp, px), lrfr.photograph(sharp, px)]
         rows += [degrade_by(test_camera, sharp, px)]
         labels += [f"{px} px, bicubic", "training camera", "test camera"]
-    faces = make_grid((torch.cat(rows) + 1) / 2, nrow=8, padding=0)
+    picture = make_grid((torch.cat(rows) + 1) / 2, nrow=8, padding=0)
     middles = SIZE * (np.arange(len(rows)) + 0.5)
     figure, axes = start_picture(height=4.3)
-    axes.imshow(faces.permute(1, 2, 0).numpy(), aspect="auto")
+    axes.imshow(picture.permute(1, 2, 0).numpy(), aspect="auto")
     for row in (1, 4, 7):
         axes.axhline(row * SIZE, color="white", linewidth=4)
     axes.set(xticks=[], yticks=middles, yticklabels=labels, frame_on=False)
     axes.tick_params(length=0)
-    save_picture(figure, path)
+    save_picture(figure, args.out / "camera.png")
 
 
-def mean_accuracy(rows):
+def mean_degraded_accuracy(rows):
     """The mean accuracy of rows at 7, 14 and 20 px, of both images degraded and of one."""
     accuracies = []
     for row in rows:
@@ -500,7 +501,7 @@ def compare(args, benchmark, photograph):
         print(f"\nDegraded by: {degradation}")
         print(evaluate.table(rows), flush=True)
         for name in backbones:
-            mean = mean_accuracy([row for row in rows if row["checkpoint"] == name])
+            mean = mean_degraded_accuracy([row for row in rows if row["checkpoint"] == name])
             means.append([name, degradation, f"{100 * mean:.2f}"])
     if args.json:
         write_lines(args.json, everything)
@@ -509,21 +510,23 @@ def compare(args, benchmark, photograph):
 
 def camera(args):
     """Verifies LFW's pairs as a cheap camera shows them, beside bicubic degradation."""
-    benchmark = evaluate.read_lfw(args.lfw)
-    if args.faces:
-        draw_faces(args.faces)
-    compare(args, benchmark, test_camera)
+    compare(args, evaluate.read_lfw(args.lfw), test_camera)
 
 
 def screen(args):
-    """Verifies held-out people as a third camera shows them, to choose settings of training by."""
+    """Verifies held-out people as a third camera shows them, to choose training options by."""
     paths, labels = train.image_folder(args.data)
     classes = len(set(labels)) - args.holdout
+    if classes < 2:
+        raise UserError(f"--holdout {args.holdout}: {args.data} has {len(set(labels))} people")
+    for path in args.checkpoints:
+        head = load_head(path, labels)
+        if len(head.weight) != classes:
+            raise UserError(f"{path}: trained on {len(head.weight)} people, not {classes}")
     kept = int((labels < classes).sum())  # the identities that were held out come last
     benchmarks = train.hold_out("held-out identities", paths[kept:], labels[kept:])
-    if classes < 0 or not benchmarks:
-        raise UserError(f"--holdout {args.holdout}: too few faces or people in {args.data}")
-    compare(args, benchmarks[0], screening_camera)
+    if benchmarks:
+        compare(args, benchmarks[0], screening_camera)
 
 
 # ---- 6. Command line -----------------------------------------------------------------------------
@@ -532,10 +535,11 @@ def screen(args):
 COMMANDS = {
     study: ["lfw", "data", "out"],
     derivatives: ["out"],
+    faces: ["out"],
     errors: ["lfw", "images", "out"],
     embeddings: ["lfw", "out"],
     weights: ["lfw", "images", "json"],
-    camera: ["lfw", "json", "faces"],
+    camera: ["lfw", "json"],
     screen: ["data", "holdout", "json"],
 }
 
@@ -551,7 +555,6 @@ OPTIONS = {
     "images": {"metavar": "N", "default": 512, "type": POSITIVE, "help": IMAGES_HELP},
     "out": {"metavar": "DIR", "required": True, "type": Path, "help": "draw here"},
     "json": {"metavar": "FILE", "help": "write the numbers here, too, as lines of JSON"},
-    "faces": {"metavar": "FILE.png", "help": "draw eight of the demo's faces, degraded, here"},
 }
 
 
@@ -561,15 +564,15 @@ def main(argv=None):
     for function, options in COMMANDS.items():
         text = function.__doc__.split("\n\n")[0]
         command = commands.add_parser(function.__name__, help=text, description=text)
-        command.set_defaults(function=function, out=None, json=None, faces=None)
-        if function is not derivatives:
+        command.set_defaults(function=function, out=None, json=None)
+        if function not in (derivatives, faces):
             command.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
             evaluate.add_device_options(command)
         for name in options:
             command.add_argument(f"--{name}", **OPTIONS[name])
     args = parser.parse_args(argv)
     # What cannot be drawn or written fails now, not after an hour.
-    if (args.out or args.faces) and not find_spec("matplotlib"):
+    if args.out and not find_spec("matplotlib"):
         raise UserError("drawing needs matplotlib, which is optional: pip install matplotlib")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,12 @@ import evaluate
 import lrfr
 
 EPS = 1e-5  # of IResNet's batch norms
-SKIPPED = ("Identity", "Dropout", "Cast", "Unsqueeze")  # they change no number
+SKIPPED = (
+    "Identity",
+    "Dropout",
+    "Cast",
+    "Unsqueeze",
+)  # taken as if they changed no number; else `compare` notices
 
 # ---- 1. From the graph to InsightFace's names ----------------------------------------------------
 
@@ -64,6 +69,7 @@ class Walk:
                     self.readers.setdefault(name, []).append(node)
 
     def stop(self, node, expected):
+        """Raises a UserError: the node, or the end, is not what was expected."""
         found = "the graph ends"
         if node:
             place = self.nodes.index(node) + 1
@@ -192,8 +198,8 @@ class Walk:
         x = self.norm(x, "bn2")
         x = self.next(x, "Flatten", "Reshape").output[0]
         x = self.linear(x)
-        for node in self.readers.get(x, []):
-            self.stop(node, "the end")
+        if x in self.readers:
+            self.stop(self.readers[x][0], "the end")
 
 
 def read_network(path):
@@ -339,6 +345,7 @@ def main(argv=None):
     compare(args.file, name, backbone, images)
     with evaluate.new_file(args.out) as file:
         torch.save(backbone.state_dict(), file)
+    print(f"the weights: {args.out}")
 
 
 if __name__ == "__main__":
