@@ -22,6 +22,7 @@ import re
 import sys
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -138,8 +139,8 @@ def parse_pair(fields):
     if len(fields) == 3:  # name i j: two images of one person
         person, i, j = fields
         fields = [person, i, person, j]
-    numbers = fields[1::2]
-    if len(fields) != 4 or not all(text.isdecimal() for text in numbers):
+    numbers = [text for text in fields[1::2] if re.fullmatch(r"\d{1,9}", text)]
+    if len(fields) != 4 or len(numbers) != 2:
         raise UserError("expected 'name i j' or 'name i name j', i and j the numbers of images,")
     person, i, other, j = fields
     return person, int(i), other, int(j)
@@ -216,7 +217,8 @@ def read_bin(path):
                 labels = np.frombuffer(labels, f"<i{size}").tolist()
             labels = [content(label) for label in labels]
         except Exception as error:  # of a dozen kinds, for damaged files
-            raise UserError(f"{path}: not a verification set ({error})") from None
+            text = "not a verification set, as pickle.dump((files, same)) makes it"
+            raise UserError(f"{path}: {text} ({error})") from None
     genuine = []
     for label in labels:
         if isinstance(label, (bytes, bytearray)):  # of a number of numpy's
@@ -272,10 +274,13 @@ def read_tinyface(root):
     """
     if Path(root, "Testing_Set").is_dir():
         root = Path(root, "Testing_Set")
-    probes = images_below(Path(root, "Probe"))
-    mates = images_below(Path(root, "Gallery_Match"))
-    distractors = images_below(Path(root, "Gallery_Distractor"))
     form = "expected names such as 12_3.jpg, image 3 of person 12"
+    parts = []
+    for folder in ("Probe", "Gallery_Match", "Gallery_Distractor"):
+        if not Path(root, folder).is_dir():
+            raise UserError(f"{root}: expected Testing_Set in it, with a folder {folder}")
+        parts.append(images_below(Path(root, folder)))
+    probes, mates, distractors = parts
     if not (probes and mates):
         raise UserError(f"{root}: no images in Probe or in Gallery_Match: {form}")
     people = []
@@ -604,8 +609,8 @@ def parse_arguments(argv):
     add_device_options(parser)
     args = parser.parse_args(argv)
     args.resolutions = list(dict.fromkeys(args.resolutions))  # each of them once
-    if args.json and not args.json.endswith(".json"):
-        parser.error(f"--json {args.json}: the name of its file must end in .json")
+    if args.json and (not args.json.endswith(".json") or os.path.isdir(args.json)):
+        parser.error(f"--json {args.json}: not the name of a file that ends in .json")
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
     sets = [getattr(args, option) for option in BENCHMARKS]
@@ -617,8 +622,7 @@ def parse_arguments(argv):
 
 
 def match(backbones, images, settings):
-    """Prints the cosine of each pair of the images -> rows of results."""
-    print("cosine similarities; the faces should be aligned to ArcFace's 112 x 112 template")
+    """The cosine of each pair of the images -> rows of results."""
     embeddings = embed_sources(backbones, "--match", images, [SIZE], settings)
     rows = []
     for name in backbones:
@@ -626,7 +630,6 @@ def match(backbones, images, settings):
         for (a, x), (b, y) in pairs:
             cosine = float(x @ y)
             rows.append({"checkpoint": name, "match": [a, b], "cosine": cosine})
-            print(f"{cosine:7.3f}  {a}  {b}  {name}")
     return rows
 
 
@@ -634,10 +637,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     use_device(args.device)
     settings = Settings(args.device, args.amp, args.workers, args.flip)
-    if args.json and not os.path.exists(args.json):
-        save_rows(args, [])  # a new file that cannot be written fails now, not after hours
-    if args.plots:
-        os.makedirs(args.plots, exist_ok=True)
     backbones = {}
     for path in args.checkpoints:
         backbone = load_backbone(path)
@@ -649,15 +648,22 @@ def main(argv=None):
             if any(benchmark.name == other.name for other in benchmarks):
                 benchmark.name += f" of {path}"
             benchmarks.append(benchmark)
+    if args.plots:
+        os.makedirs(args.plots, exist_ok=True)
+    if args.json and not os.path.exists(args.json):
+        save_rows(args, [])  # a new file that cannot be written fails now, not after hours
     rows = []
     if args.match:
         rows += match(backbones, args.match, settings)
         save_rows(args, rows)
+        print("cosine similarities; the faces should be aligned to ArcFace's 112 x 112 template")
+        for row in rows:
+            print(f"{row['cosine']:7.3f}", *row["match"], row["checkpoint"], sep="  ")
     for benchmark in benchmarks:
         new = evaluate(backbones, benchmark, args.resolutions, settings)
         rows += new
+        save_rows(args, rows)  # before printing, which can fail
         print(table(new), flush=True)
-        save_rows(args, rows)
         if args.plots:
             plot(args.plots, new)
 
@@ -681,7 +687,7 @@ def one_line(error):
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if "Traceback" in text:
-        text = text.strip().splitlines()[-1].partition("UserError: ")[2] or text
+        text = text.strip().splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split())
 
 
@@ -735,7 +741,7 @@ def new_file(path):
 
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # not EPS, which runs Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # not EPS, which runs Ghostscript
 
 
 def open_image(source):
@@ -747,7 +753,8 @@ def open_image(source):
     if isinstance(source, bytes):
         name, file = f"an image of {len(source)} bytes", io.BytesIO(source)
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # of Pillow's, which name no file
             mode = image.mode
             image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
     except Image.DecompressionBombError:

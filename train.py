@@ -74,7 +74,7 @@ def parse_arguments(argv):
     text = "share of the degraded faces that a simulated camera degrades, not bicubic resizing"
     add("--camera", 0.0, text, number(float, 0, 1))
     add("--loss", "logexp", "distance of sharp and degraded embeddings", choices=[*DISTANCES])
-    add("--p", 1.0, "exponent of the LogExp distance", number(float, 1))
+    add("--p", 1.0, "exponent of the LogExp distance", number(float, 1, 10))
     text = "lambda; None: as strong as 300 of LogExp(1) in 512 dimensions"
     add("--weight", None, text, number(float, 0))
     add("--pull", "degraded", "embeddings that the distance moves", choices=["degraded", "both"])
@@ -226,9 +226,9 @@ def train(run):
 def report(args, text, entry):
     """Prints a line for the reader, and adds one of JSON to the log."""
     if RANK == 0:
-        print(text, flush=True)
         with open(Path(args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(entry, default=str) + "\n")
+        print(text, flush=True)
 
 
 def run_benchmarks(run):
@@ -330,7 +330,7 @@ def leave_first_files(run):
 
 
 def check_folders(args):
-    """Checks --data and --out."""
+    """Checks --data and --out, and gives --data and --init one name, however they were spelled."""
     if args.data != "demo":
         if not os.path.isdir(args.data):
             text = "no such folder, of identity/image.jpg or train.rec (InsightFace's Dataset-Zoo)"
@@ -338,7 +338,12 @@ def check_folders(args):
         args.data = os.path.realpath(args.data)
         if Path(args.out).resolve().is_relative_to(args.data):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
-    os.makedirs(args.out, exist_ok=True)
+    if args.init is not None:
+        args.init = os.path.realpath(args.init)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: not a folder: {error.strerror}") from None
 
 
 def use_device(args):
@@ -394,11 +399,12 @@ def read_last(args):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         dict(state["args"])
+        _ = [state[key] for key in ("step", "backbone", "head", "optimiser", "scaler")]
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # of a dozen kinds, for a damaged file
         reason = evaluate.one_line(error)[:80]
-        text = "is damaged: move it away, or give another --out"
+        text = "is damaged, or not of train.py: move it away, or give another --out"
         raise UserError(f"{path} {text} ({reason})") from None
     return state
 
@@ -609,6 +615,8 @@ class RecordFaces(Faces):
         index = os.path.join(root, "train.idx")
         properties = Path(root, "property")
         try:
+            if os.path.getsize(index) == 0:
+                raise UserError("train.idx is empty")
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
             keys, places = np.unique(keys, return_index=True)  # sorted
             offsets = offsets[places]
