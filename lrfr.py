@@ -113,7 +113,9 @@ def draw(images, low, high):
 
 def to_device_of(images, tensor):
     """Sends a tensor from the CPU to where the images are; the CPU does not wait for a GPU."""
-    return tensor.to(images.device, non_blocking=images.is_cuda)
+    if images.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(images.device, non_blocking=True)
 
 
 def resize_down_and_up(images, size):
@@ -195,14 +197,15 @@ class MAug:
         return self.resolutions[torch.multinomial(self.ratio, n, replacement=True)]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> the same shape, degraded."""
+        """(N, 3, H, W) in [-1, 1], N of 1 or more -> the same shape, degraded."""
         px = self.sample(len(images))
         degraded = degrade(images, px)
         if self.camera > 0:
             chosen = (torch.rand(len(px), device="cpu") < self.camera).nonzero().squeeze(1)
             if len(chosen) > 0:
                 places = to_device_of(images, chosen)
-                degraded[places] = self.photograph(images[places], px[chosen])
+                with torch.autocast(images.device.type, enabled=False):
+                    degraded[places] = self.photograph(images[places], px[chosen])
         return degraded
 
 

@@ -221,19 +221,20 @@ def test_maug_draws_in_the_ratio():
     assert (px == 20).double().mean().item() == pytest.approx(0.75, abs=0.01)
 
 
-def test_maug_photographs_a_share_and_without_a_camera_draws_as_ever():
+def test_maug_photographs_a_share_and_without_a_camera_draws_nothing_more():
     def mark(images, px):
         assert px.tolist() == [7] * len(images)
-        return torch.full_like(images, 5)
+        return 5 * torch.ones_like(images) @ torch.eye(8)  # a product, which autocast would round
 
     images = random_images(1).expand(2000, 3, 112, 112)[:, :, :8, :8]
-    marked = MAug((7,), (1,), camera=0.3, photograph=mark)(images)[:, 0, 0, 0] == 5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        marked = MAug((7,), (1,), camera=0.3, photograph=mark)(images)[:, 0, 0, 0] == 5
     assert marked.double().mean().item() == pytest.approx(0.3, abs=0.04)
     torch.manual_seed(0)
-    papers = degrade(images[:50], MAug().sample(50))
+    expected = degrade(images[:50], MAug().sample(50))
     after = torch.rand(1)
     torch.manual_seed(0)
-    assert torch.equal(MAug()(images[:50]), papers)
+    assert torch.equal(MAug()(images[:50]), expected)
     assert torch.equal(torch.rand(1), after)
 
 
@@ -1169,8 +1170,11 @@ def test_a_job_that_moves_goes_on(folder):
     os.symlink("there", "link")
     os.remove("init.pt")
     assert tiny_run(data="link", init="init.pt", epochs=2, **options)["step"] == 2
-    state = tiny_run(data="there", epochs=3, **options)
-    assert state["step"] == 3
+    assert tiny_run(data="there", epochs=3, **options)["step"] == 3
+    state = tiny_run(data="there", init="elsewhere/init.pt", epochs=4, **options)
+    assert state["step"] == 4
+    with pytest.raises(UserError, match=r"last.pt was made with init .*init.pt, not .*other.pt"):
+        tiny_run(data="there", init="other.pt", epochs=5, **options)
     assert torch.equal(state["backbone"]["fc.weight"], weights["fc.weight"])
 
 
@@ -1277,24 +1281,20 @@ def test_two_machines_train_like_one_process_and_refuse_to_go_on_apart():
 
 def test_a_process_ends_if_another_cannot_begin_with_the_same(folder, monkeypatch):
     run = train.prepare(command(data=folder))
-    fingerprint = run.args.fingerprint
-    refused = {
-        "^process 1: --data nowhere: no such folder": {"problem": "--data nowhere: no such folder"},
-        "images or labels for process 1 than": {"options": {"fingerprint": "another"}},
-        "process 1 has lr 0.5, process 0 0.02": {
-            "options": {"fingerprint": fingerprint, "lr": 0.5}
-        },
-        "process 0 is at step 0, process 1 at step 2": {"step": 2},
+    alike = {"options": {"fingerprint": run.args.fingerprint}, "step": 0}
+    others = {
+        "images or labels for process 1 than": alike | {"options": {"fingerprint": "another"}},
+        "process 1 has lr 0.5, process 0 0.02": alike | {"options": alike["options"] | {"lr": 0.5}},
+        "process 0 is at step 0, process 1 at step 2": alike | {"step": 2},
     }
     monkeypatch.setattr(train, "RANKS", 2)
-    for message, other in refused.items():
-
-        def gather(everyone, mine, other=other):
-            everyone[:] = [mine, mine | other]
-
-        monkeypatch.setattr(train.distributed, "all_gather_object", gather)
+    for message, other in others.items():
+        monkeypatch.setattr(train, "gather", lambda mine, other=other: [mine, other])
         with pytest.raises(UserError, match=message):
-            train.begin_together(run, None)
+            train.check_alike(run)
+    monkeypatch.setattr(train, "gather", lambda mine: [mine, "--data nowhere: no such folder"])
+    with pytest.raises(UserError, match=r"^process 1: --data nowhere: no such folder"):
+        train.together(print, "here all is well")
 
 
 def test_other_launchers_are_told_of_torchrun(monkeypatch):

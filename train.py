@@ -150,7 +150,7 @@ class Run:
     model: lrfr.LRFR
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # at work in float16 only
-    begun: bool = False  # whether the folder's last.pt is this run's
+    begun: bool = False  # whether it goes on from the folder's last.pt
     step: int = 0  # steps done
     table_due: bool = False  # whether this step's table is still to be made
 
@@ -274,6 +274,8 @@ def prepare(argv):
     use_device(args)
     args.processes = RANKS
     state = read_last(args)
+    if state is not None and args.init is None:  # not given again
+        args.init = state["args"].get("init")
     torch.manual_seed(args.seed)
     backbone = make_backbone(args, state)
     embed_dim = backbone.fc.out_features
@@ -312,7 +314,7 @@ def prepare(argv):
         optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
         run.begun = True
         run.step = state["step"]
-        run.table_due = state["table_due"]
+        run.table_due = state.get("table_due", False)
     steps = args.images // (args.batch_size * RANKS) * args.epochs
     if run.step > steps:
         text = f"is at step {run.step}, --epochs {args.epochs} end at step {steps}"
@@ -322,6 +324,8 @@ def prepare(argv):
 
 def leave_first_files(run):
     """Claims the run's folder: a second run there is refused, and a full disk is noticed now."""
+    if RANK > 0:
+        return
     if not run.begun:
         if Path(run.args.out, "last.pt").exists():
             raise UserError(f"{run.args.out}: another run has begun there meanwhile: give --out")
@@ -416,8 +420,10 @@ def check_same(args, state):
     for key, new in vars(args).items():
         if key in may_change or key not in old or old[key] == new:
             continue
-        if key in ("init", "holdout") and new is None:  # not given again
+        if key == "holdout" and None in (old[key], new):  # not given
             continue
+        if key == "init" and os.path.basename(new or "") == os.path.basename(old[key] or ""):
+            continue  # the same file, elsewhere
         what = f"{key} {old[key]}, not {new}"
         if key == "fingerprint":
             what = "other images or labels"
@@ -425,18 +431,34 @@ def check_same(args, state):
         raise UserError(f"{text}: give the same, or another --out")
 
 
-def begin_together(run, problem):
-    """Ends every process if one of them has a problem, or if they do not begin with the same."""
-    mine = {"problem": problem}
-    if run is not None:
-        own = {"data", "out", "init", "workers", "device"}  # may differ between machines
-        mine["options"] = {key: value for key, value in vars(run.args).items() if key not in own}
-        mine["step"] = run.step
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
     everyone = [None] * RANKS
-    distributed.all_gather_object(everyone, mine)
-    for rank, other in enumerate(everyone):
-        if other["problem"] is not None:
-            raise UserError(f"process {rank}: {other['problem']}")
+    distributed.all_gather_object(everyone, value)
+    return everyone
+
+
+def together(function, argument):
+    """Calls function(argument). What is refused in one of the processes ends all of them."""
+    result, problem = None, None
+    try:
+        result = function(argument)
+    except (UserError, OSError) as error:
+        if RANKS == 1:
+            raise
+        problem = evaluate.one_line(error)
+    if RANKS > 1:
+        for rank, other in enumerate(gather(problem)):
+            if other is not None:
+                raise UserError(f"process {rank}: {other}")
+    return result
+
+
+def check_alike(run):
+    """Refuses processes that do not begin with the same data, options and step."""
+    own = {"data", "out", "init", "workers", "device"}  # may differ between machines
+    options = {key: value for key, value in vars(run.args).items() if key not in own}
+    everyone = gather({"options": options, "step": run.step})
     first = everyone[0]
     for rank, other in enumerate(everyone):
         if other["options"]["fingerprint"] != first["options"]["fingerprint"]:
@@ -604,8 +626,9 @@ class RecordFaces(Faces):
     """Faces of `root`/train.rec and train.idx, as InsightFace or im2rec writes them.
 
     `sources` are byte offsets. InsightFace's record 0 is no image; its label is the first key that
-    is none either, and the file `property` tells the number of identities. Without that file, the
-    labels are read from the records, and renumbered from 0.
+    is none either, and the file `property` tells the number n of identities, labelled 0 to n - 1.
+    Without one of these, the labels are read from the records, and renumbered from 0. (Above 2^24
+    keys, that float32 can be a few too high or too low; what is no image is then skipped.)
     """
 
     evaluated_each_epoch = True  # on the .bin sets beside it
@@ -624,7 +647,7 @@ class RecordFaces(Faces):
                 end, has_image = read_label(file, offsets[0])
                 if not has_image:
                     offsets = offsets[(keys > keys[0]) & (keys < end)]
-                if properties.exists():
+                if not has_image and properties.exists():
                     classes, _, _ = properties.read_text().partition(",")
                     labels = range(int(classes))
                 else:
@@ -847,17 +870,10 @@ def batches(count, batch_size, seed, steps):
 
 def main(argv=None):
     join_processes()
-    run, problem = None, None
-    try:
-        run = prepare(argv)
-        if RANK == 0:
-            leave_first_files(run)
-    except (UserError, OSError) as error:
-        if RANKS == 1:
-            raise
-        problem = evaluate.one_line(error)
+    run = together(prepare, argv)
     if RANKS > 1:
-        begin_together(run, problem)
+        check_alike(run)
+    together(leave_first_files, run)
     args = run.args
     text = f"{args.images:,} images of {args.classes:,} identities"
     text += f", {args.batch_size * RANKS} in a step; loss {args.loss}"
