@@ -402,8 +402,9 @@ def read_last(args):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        dict(state["args"])
-        _ = [state[key] for key in ("step", "backbone", "head", "optimiser", "scaler")]
+        missing = {"args", "step", "backbone", "head", "optimiser", "scaler"} - state.keys()
+        if missing:
+            raise KeyError(f"without {', '.join(sorted(missing))}")
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # of a dozen kinds, for a damaged file
