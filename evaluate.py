@@ -21,9 +21,7 @@ import pickle
 import re
 import sys
 import time
-import unicodedata
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
@@ -72,7 +70,7 @@ class Benchmark:
             if not any(self.count_mates(probes) for probes in self.probes.values()):
                 raise UserError(f"{self.name}: no probe has a mate in the gallery")
             return
-        first, second, genuine = self.pairs
+        genuine = self.pairs.genuine
         if genuine.all() or not genuine.any() or len(genuine) < 10:
             kinds = f"{genuine.sum()} genuine and {(~genuine).sum()} impostor pairs"
             raise UserError(f"{self.name}: {kinds}: a benchmark needs both, and ten in all")
@@ -80,9 +78,6 @@ class Benchmark:
             if len(fold) > 1 and len(set(fold)) == 1:
                 text = "there are folds with pairs of one kind: mix both, or accuracy is wrong"
                 warn_once(f"{self.name}: {text}")
-        doubles = sum(self.sources[i] == self.sources[j] for i, j in zip(first, second))
-        if doubles:
-            warn_once(f"{self.name}: {doubles} pairs compare an image with itself: remove them")
 
     def count_mates(self, probes):
         """How many of these probes have an image of the same person in the gallery."""
@@ -103,29 +98,21 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     Where there is no pairs.txt, a pairs.csv as on Kaggle is read.
     """
     path = Path(root, pairs_file)
-    separator = None
     if not path.exists() and path.with_suffix(".csv").exists():
         path = path.with_suffix(".csv")
-        separator = ","
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not text in UTF-8: save it as that") from None
-    people = names_in(root)
     place_of, pairs = {}, []  # place_of: image -> its place among the sources
-    for line_number, line in enumerate(unicodedata.normalize("NFC", text).splitlines(), 1):
-        fields = line.split("\t" if "\t" in line else separator)
-        fields = [entry.strip() for entry in fields if entry.strip()]
-        numbers = [entry for entry in fields if entry.isdecimal()]
-        if not fields or (line_number == 1 and (len(fields) < 3 or not numbers)):
-            continue  # the first line may be a header: folds, pairs of each kind in a fold
+    for line_number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+        fields = split_line(line, path.suffix)
+        if not fields or (line_number == 1 and not any(map(str.isdecimal, fields[2:]))):
+            continue  # the first line may be a header
         try:
             person, i, other, j = parse_pair(fields)
-            images = [find_face(root, people, person, i), find_face(root, people, other, j)]
-        except UserError as error:
-            raise UserError(f"{path}, line {line_number}: {error} in {line[:80]!r}") from None
-        places = [place_of.setdefault(image, len(place_of)) for image in images]
-        pairs.append((*places, person == other))
+        except ValueError:
+            text = f"expected 'name i j' or 'name i name j', i and j numbers, in {line[:80]!r}"
+            raise UserError(f"{path}, line {line_number}: {text}") from None
+        first = place_of.setdefault(find_face(root, person, i), len(place_of))
+        second = place_of.setdefault(find_face(root, other, j), len(place_of))
+        pairs.append((first, second, person == other))
     first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
     folders = [os.path.dirname(image) for image in place_of]
     identity = np.unique(folders, return_inverse=True)[1]
@@ -134,35 +121,31 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     return Benchmark(name, list(place_of), pairs, identity, gallery, probes, thresholds)
 
 
+def split_line(line, ending):
+    """The fields of a line of pairs.txt, between tabs or spaces, or of pairs.csv."""
+    separator = "\t" if "\t" in line else None
+    if ending == ".csv":
+        separator = ","
+    fields = [entry.strip() for entry in line.split(separator)]
+    return [entry for entry in fields if entry]
+
+
 def parse_pair(fields):
     """A line of pairs.txt -> a person, the number of an image, a person, the number of an image."""
     if len(fields) == 3:  # name i j: two images of one person
         person, i, j = fields
         fields = [person, i, person, j]
-    numbers = [text for text in fields[1::2] if re.fullmatch(r"\d{1,9}", text)]
-    if len(fields) != 4 or len(numbers) != 2:
-        raise UserError("expected 'name i j' or 'name i name j', i and j the numbers of images,")
     person, i, other, j = fields
     return person, int(i), other, int(j)
 
 
-def names_in(folder):
-    """{name: name on the disk}: macOS writes accents otherwise than most lists of names do."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return {unicodedata.normalize("NFC", name): name for name in names}
-
-
-def find_face(root, people, person, number):
+def find_face(root, person, number):
     """The path of a person's image in a folder like LFW's, whatever its ending."""
-    folder = os.path.join(root, people.get(person, person))
-    stem = f"{person}_{number:04d}."
-    found = []
-    for name, on_disk in names_in(folder).items():
-        if name.startswith(stem) and name.lower().endswith(IMAGE_ENDINGS):
-            found.append(on_disk)
-    if len(found) != 1:
-        raise UserError(f"{len(found)} images called {folder}/{stem}jpg (or .png ...)")
-    return os.path.join(folder, found[0])
+    stem = os.path.join(root, person, f"{person}_{number:04d}")
+    for ending in IMAGE_ENDINGS:
+        if os.path.exists(stem + ending):
+            return stem + ending
+    raise UserError(f"no image {stem}.jpg (or .png ...), which the list of pairs names")
 
 
 def read_xqlfw(root):
@@ -392,13 +375,12 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
         sources,
         batch_size=256 if on_gpu else 64,
         num_workers=settings.workers if on_gpu else 0,  # a CPU is busy with the network
-        collate_fn=read_batch,
+        collate_fn=read_images,
     )
     parts = {key: [] for key in itertools.product(backbones, resolutions)}
-    sizes = Counter()
+    done = 0
     begin = shown = time.monotonic()
-    for pixels, sizes_of_batch in loader:
-        sizes.update(sizes_of_batch)
+    for pixels in loader:
         images = lrfr.to_input(pixels, settings.device)
         for px in resolutions:
             degraded = images if px == SIZE else degrade(images, px)
@@ -406,29 +388,16 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
                 with autocast(settings.device, settings.amp):
                     embeddings = lrfr.embed(backbone, degraded, settings.flip).float().cpu()
                 if not embeddings.isfinite().all():
-                    raise UserError(
-                        f"{name}: not all its embeddings are finite numbers: give --amp off"
-                    )
+                    text = "not all its embeddings are finite numbers: give --amp off"
+                    raise UserError(f"{name}: {text}")
                 parts[name, px].append(embeddings)
+        done += len(pixels)
         now = time.monotonic()
         if now - shown > 5:
             shown = now
-            done, count = sizes.total(), len(sources)
-            left = timedelta(seconds=int((count - done) * (now - begin) / done))
-            print(f"{title}: {done:,} of {count:,} images, {left} left", file=sys.stderr)
-    warn_of_sizes(title, sizes)
+            left = timedelta(seconds=int((len(sources) - done) * (now - begin) / done))
+            print(f"{title}: {done:,} of {len(sources):,} images, {left} left", file=sys.stderr)
     return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
-
-
-def warn_of_sizes(title, sizes):
-    """Warns if images are not 112 x 112; sizes: {(width, height): how many}."""
-    total = sizes.total()
-    del sizes[SIZE, SIZE]
-    if sizes:
-        ((width, height), _) = sizes.most_common(1)[0]
-        text = f"{sizes.total():,} of {total:,} images are not 112 x 112 but, say, {width} x "
-        text += f"{height}: they are resized, which is right for aligned faces alone"
-        warn_once(f"{title}: {text}")
 
 
 def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
@@ -701,17 +670,8 @@ def run(main):
         raise SystemExit("interrupted") from None
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if "DataLoader worker" in text:
-            text = "a process that reads images was killed, probably for want of memory: give "
-            text += "--workers 0, or docker run --shm-size=8g; train.py's same command goes on"
-        # The allocator of CPUs raises a mere RuntimeError.
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            text = "out of memory (in train.py a smaller --batch-size needs less)"
-        else:
-            raise
-        raise SystemExit(f"error: {text}") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: out of memory; a smaller --batch-size needs less") from None
 
 
 @functools.cache  # so that a process prints the same text once
@@ -767,22 +727,18 @@ def open_image(source):
     return image
 
 
-def to_pixels(image):
-    """An RGB image of Pillow's -> (112, 112, 3) uint8."""
+def read_face(source):
+    """Reads a path, or the bytes of an image file -> (112, 112, 3) uint8 RGB."""
+    image = open_image(source)
+    if image.size != (SIZE, SIZE):
+        warn_once("images that are not 112 x 112 are resized: they should be aligned faces")
     return np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def read_images(sources):
     """Reads n faces from paths or the bytes of image files -> (n, 3, 112, 112) uint8 RGB."""
-    return read_batch(sources)[0]
-
-
-def read_batch(sources):
-    """The same, and the sizes that the images had."""
-    images = [open_image(source) for source in sources]
-    sizes = [image.size for image in images]
-    pixels = np.stack([to_pixels(image) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes
+    pixels = np.stack([read_face(source) for source in sources])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def is_hidden(name):
@@ -791,28 +747,14 @@ def is_hidden(name):
 
 
 def images_below(root):
-    """Sorted paths of the images in a folder, however deep. Links lead into no folder twice."""
-
-    def fail(error):
-        raise error  # else os.walk passes over what it may not read
-
+    """Paths of the images in a folder, however deep, sorted by folder."""
     paths = []
-    visited = {str(folder) for folder in Path(root).resolve().parents}
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for name in files:
-            ending = os.path.splitext(name)[1]
-            if is_hidden(name):
-                continue
-            if ending.lower() in IMAGE_ENDINGS:
+            if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
                 paths.append(os.path.join(folder, name))
-            else:
-                warn_once(f"files that end in '{ending}' are passed over: no known kind of image")
-    return sorted(paths)
+    return sorted(paths, key=os.path.split)
 
 
 def load_backbone(path):

@@ -66,6 +66,7 @@ def photograph(images: Tensor, px: int | Tensor) -> Tensor:
     noise          Gaussian: of the light, as of 100 to 3,200 photons for white, evenly in the
                    logarithm (BSRGAN: 100 to 10,000); of the electronics, standard deviation 0 to 12
                    of 255 (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30)
+    JPEG           quality 30 to 95 (BSRGAN, Real-ESRGAN: the same), in a simplified form
     screen         clipped to black and white; enlarged bilinearly (GFPGAN)
 
     images, px, what is returned and refused: as for degrade.
@@ -90,7 +91,8 @@ def take_picture(scene, size):
     electronics = draw(scene, 0, 12) / 255
     noise = to_device_of(scene, torch.randn(light.shape, device="cpu"))
     light = light + noise * (light / photons + electronics**2).sqrt()
-    return F.interpolate(2 * light.clamp(0, 1) - 1, (height, width), mode="bilinear")
+    small = compress(2 * light.clamp(0, 1) - 1)
+    return F.interpolate(small.clamp(-1, 1), (height, width), mode="bilinear")
 
 
 def lens_and_sensor(sigma, length, pixels):
@@ -103,6 +105,38 @@ def lens_and_sensor(sigma, length, pixels):
     blur = torch.exp(-((distance / sigma) ** 2) / 2)
     blur = blur / blur.sum(-1, keepdim=True)  # row i holds the weights of what is around it
     return F.interpolate(blur, (pixels, length), mode="area")
+
+
+# Rows: light (Y), blue (Cb) and red (Cr), as JPEG makes them of red, green and blue.
+YCBCR = torch.tensor(
+    [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]],
+    device="cpu",
+)
+
+
+def compress(small):
+    """What JPEG leaves of images (N, 3, h, w) in [-1, 1].
+
+    In blocks of 8 x 8 pixels, it writes light and colour as sums of waves, and rounds how much of
+    each wave there is: colour and short waves to coarser steps. (The steps grow evenly here, where
+    JPEG has tables, and colour keeps its resolution, where most cameras halve it.)
+    """
+    height, width = small.shape[2:]
+    padded = F.pad(small, (0, -width % 8, 0, -height % 8), mode="replicate")
+    light_and_colour = torch.einsum("ij, njhw -> nihw", to_device_of(small, YCBCR), padded)
+    blocks = light_and_colour.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, h / 8, w / 8, 8, 8)
+    k = torch.arange(8, device=small.device)
+    waves = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2  # row k: k half waves in a block
+    waves[0] /= math.sqrt(2)  # so that the waves are orthonormal
+    steps = (10 + 6 * (k + k[:, None])) / 127.5  # for quality 50: JPEG's tables, roughly
+    steps = steps * draw(small, 0.1, 1.7)  # as quality 95 is to 30
+    steps = torch.stack([steps, 2 * steps, 2 * steps], 1).unsqueeze(2)
+    amounts = waves @ blocks @ waves.T
+    amounts = (amounts / steps).round() * steps
+    blocks = waves.T @ amounts @ waves
+    light_and_colour = blocks.transpose(3, 4).reshape(padded.shape)
+    rgb = to_device_of(small, torch.linalg.inv(YCBCR))
+    return torch.einsum("ij, njhw -> nihw", rgb, light_and_colour)[:, :, :height, :width]
 
 
 def draw(images, low, high):

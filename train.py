@@ -33,10 +33,8 @@ import evaluate
 import lrfr
 from evaluate import SIZE, UserError, warn_once
 
-TORCHRUN_SETS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-UNDER_TORCHRUN = os.environ.keys() >= TORCHRUN_SETS
-RANKS = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1  # how many processes it has started
-RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # which of them this one is
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes torchrun has started
+RANK = int(os.environ.get("RANK", "0"))  # which of them this one is
 
 # ---- 1. Options ----------------------------------------------------------------------------------
 
@@ -150,9 +148,7 @@ class Run:
     model: lrfr.LRFR
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # at work in float16 only
-    begun: bool = False  # whether it goes on from the folder's last.pt
     step: int = 0  # steps done
-    table_due: bool = False  # whether this step's table is still to be made
 
 
 def train(run):
@@ -171,8 +167,6 @@ def train(run):
     order = batches(len(run.faces), args.batch_size, args.seed, to_do)
     on_gpu = args.device.type == "cuda"
     loader = DataLoader(run.faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
-    if run.table_due:  # the run was interrupted while it made this table
-        run_benchmarks(run)
     begin, started = run.step, time.monotonic()
     reported = started
     for images, labels in loader:
@@ -214,13 +208,12 @@ def train(run):
             lr = optimiser.param_groups[0]["lr"]
             report(args, text, {"step": run.step, **losses, "lr": lr, "faces_per_s": rate})
         if saves:
-            last_of_epoch = epoch_ends and run.faces.evaluated_each_epoch
-            run.table_due = last_of_epoch or run.step == steps
             save_last(run)
-        if run.table_due:
+        if epoch_ends and run.faces.evaluated_each_epoch and run.step < steps:
             before = time.monotonic()
             run_benchmarks(run)
             started += time.monotonic() - before  # is no part of the rate
+    run_benchmarks(run)
 
 
 def report(args, text, entry):
@@ -232,10 +225,11 @@ def report(args, text, entry):
 
 
 def run_benchmarks(run):
-    """Evaluates the backbone, and notes it in last.pt. Only the first process has benchmarks."""
+    """Evaluates the backbone, in the first process."""
+    if RANK > 0:
+        return
     args, backbone = run.args, run.model.backbone
     settings = evaluate.Settings(args.device, args.amp, args.workers)
-    mode = backbone.training
     backbone.eval()
     for benchmark in run.benchmarks:
         named = {args.out: backbone}
@@ -245,10 +239,7 @@ def run_benchmarks(run):
             warn_once(f"not evaluated: {error}")
         else:
             report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
-    backbone.train(mode)
-    run.table_due = False
-    if run.benchmarks:
-        save_last(run)
+    backbone.train()
 
 
 # ---- 3. Beginning and going on -------------------------------------------------------------------
@@ -256,11 +247,6 @@ def run_benchmarks(run):
 
 def join_processes():
     """Joins the processes that torchrun has started, if there are several."""
-    sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    launched = max(int(os.environ.get(name) or 1) for name in sizes)
-    if launched > 1 and not UNDER_TORCHRUN:
-        missing = ", ".join(sorted(TORCHRUN_SETS - os.environ.keys()))
-        raise UserError(f"one of {launched} processes, without {missing}: start with torchrun")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # The others wait while the first one evaluates.
@@ -284,8 +270,6 @@ def prepare(argv):
         distance = functools.partial(lrfr.logexp_loss, p=args.p)
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
-    if state is not None:
-        check_same(args, state)  # early, for the options: reading the data can take long
     faces, benchmarks = open_data(args)
     args.images = len(faces)
     args.classes = faces.classes
@@ -312,25 +296,12 @@ def prepare(argv):
             if state[name]:  # the scaler has a state in float16 only
                 part.load_state_dict(state[name])
         optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
-        run.begun = True
         run.step = state["step"]
-        run.table_due = state.get("table_due", False)
     steps = args.images // (args.batch_size * RANKS) * args.epochs
     if run.step > steps:
         text = f"is at step {run.step}, --epochs {args.epochs} end at step {steps}"
         raise UserError(f"{args.out}/last.pt {text}: give more, or another --out")
     return run
-
-
-def leave_first_files(run):
-    """Claims the run's folder: a second run there is refused, and a full disk is noticed now."""
-    if RANK > 0:
-        return
-    if not run.begun:
-        if Path(run.args.out, "last.pt").exists():
-            raise UserError(f"{run.args.out}: another run has begun there meanwhile: give --out")
-        save_last(run)
-    show_faces(run.args, run.faces)
 
 
 def check_folders(args):
@@ -344,10 +315,7 @@ def check_folders(args):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
     if args.init is not None:
         args.init = os.path.realpath(args.init)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: not a folder: {error.strerror}") from None
+    os.makedirs(args.out, exist_ok=True)
 
 
 def use_device(args):
@@ -421,8 +389,6 @@ def check_same(args, state):
     for key, new in vars(args).items():
         if key in may_change or key not in old or old[key] == new:
             continue
-        if key == "holdout" and None in (old[key], new):  # not given
-            continue
         if key == "init" and os.path.basename(new or "") == os.path.basename(old[key] or ""):
             continue  # the same file, elsewhere
         what = f"{key} {old[key]}, not {new}"
@@ -432,45 +398,13 @@ def check_same(args, state):
         raise UserError(f"{text}: give the same, or another --out")
 
 
-def gather(value):
-    """The values of all processes, in the order of their ranks."""
-    everyone = [None] * RANKS
-    distributed.all_gather_object(everyone, value)
-    return everyone
-
-
-def together(function, argument):
-    """Calls function(argument). What is refused in one of the processes ends all of them."""
-    result, problem = None, None
-    try:
-        result = function(argument)
-    except (UserError, OSError) as error:
-        if RANKS == 1:
-            raise
-        problem = evaluate.one_line(error)
-    if RANKS > 1:
-        for rank, other in enumerate(gather(problem)):
-            if other is not None:
-                raise UserError(f"process {rank}: {other}")
-    return result
-
-
 def check_alike(run):
-    """Refuses processes that do not begin with the same data, options and step."""
-    own = {"data", "out", "init", "workers", "device"}  # may differ between machines
-    options = {key: value for key, value in vars(run.args).items() if key not in own}
-    everyone = gather({"options": options, "step": run.step})
-    first = everyone[0]
-    for rank, other in enumerate(everyone):
-        if other["options"]["fingerprint"] != first["options"]["fingerprint"]:
-            raise UserError(f"--data holds other images or labels for process {rank} than for 0")
-        for key, value in other["options"].items():
-            if value != first["options"][key]:
-                text = f"process {rank} has {key} {value}, process 0 {first['options'][key]}"
-                raise UserError(f"{text}: give every machine the same command")
-        if other["step"] != first["step"]:
-            text = f"process 0 is at step {first['step']}, process {rank} at step {other['step']}"
-            raise UserError(f"{text}: --out must be a folder that all machines share, or a copy")
+    """Refuses processes that do not begin with the same data and at the same step."""
+    everyone = [None] * RANKS
+    distributed.all_gather_object(everyone, (run.step, run.args.fingerprint))
+    if len(set(everyone)) > 1:
+        text = "the processes differ in step or data: all machines need the same --out and --data"
+        raise UserError(text)
 
 
 def parts_of(run):
@@ -486,17 +420,20 @@ def parts_of(run):
 def save_last(run):
     """Writes the run's checkpoint, in the first process."""
     if RANK == 0:
-        state = {"step": run.step, "table_due": run.table_due, "args": vars(run.args)}
+        state = {"step": run.step, "args": vars(run.args)}
         for name, part in parts_of(run).items():
             state[name] = part.state_dict()
         with evaluate.new_file(Path(run.args.out, "last.pt")) as file:
             torch.save(state, file)
 
 
-def show_faces(args, faces):
+def show_faces(run):
     """Draws faces.png: eight faces, each above its degraded versions."""
-    places = np.linspace(0, len(faces) - 1, 8).astype(int)
-    chosen = [faces[i][0] for i in places]
+    if RANK > 0:
+        return
+    args = run.args
+    places = np.linspace(0, len(run.faces) - 1, 8).astype(int)
+    chosen = [run.faces[i][0] for i in places]
     pixels = torch.from_numpy(np.stack(chosen))
     sharp = lrfr.to_input(pixels.permute(0, 3, 1, 2), "cpu")
     rows = [sharp]
@@ -542,38 +479,18 @@ class Faces(Dataset):
         raise UserError(f"a hundred images in a row cannot be read; {last}")
 
     def load(self, i):
-        return read_face(self.sources[i]), self.labels[i]
-
-
-def read_face(source):
-    image = evaluate.open_image(source)
-    if image.size != (SIZE, SIZE):
-        warn_once("images to train on that are not 112 x 112 are resized: they should be aligned")
-    return evaluate.to_pixels(image)
+        return evaluate.read_face(self.sources[i]), self.labels[i]
 
 
 def image_folder(root):
-    """`root`/identity/image.jpg -> sorted paths, and labels; empty folders do not count."""
-    paths, labels, classes, others = [], [], 0, []
-    for identity in sorted(os.listdir(root)):
-        folder = os.path.join(root, identity)
-        if evaluate.is_hidden(identity):
-            continue
-        if not os.path.isdir(folder):
-            if identity.lower().endswith((".bin", *evaluate.IMAGE_ENDINGS)):
-                others.append(identity)
-            continue
-        images = evaluate.images_below(folder)
-        if any(os.path.dirname(image) != folder for image in images):
-            raise UserError(f"{folder} holds folders of images: should --data be that folder?")
-        if images:
-            paths += images
-            labels += [classes] * len(images)
-            classes += 1
-    if others:
-        text = f"{len(others)} files beside the identities' folders are passed over"
-        warn_once(f"{root}: {text}, such as {others[0]}")
-    return paths, np.array(labels, int)
+    """`root`/identity/image.jpg -> paths, sorted by identity, and labels."""
+    paths = evaluate.images_below(root)
+    folders = [os.path.dirname(path) for path in paths]
+    for folder in folders:
+        if os.path.dirname(folder) != os.path.normpath(root):
+            raise UserError(f"{folder} holds images: expected {root}/identity/image.jpg alone")
+    labels = np.unique(folders, return_inverse=True)[1]
+    return paths, labels
 
 
 def hash_of(content):
@@ -665,7 +582,8 @@ class RecordFaces(Faces):
             label, _ = read_label(file, offset)
         if label not in self.number_of:
             raise UserError(f"{self.path}: label {label:g}, of {self.classes} identities")
-        return read_face(read_record(self.path, offset)), self.number_of[label]
+        image = evaluate.read_face(read_record(self.path, offset))
+        return image, self.number_of[label]
 
 
 # The ellipses of a drawn face, from back to front: colour; x, y, half width, half height, in
@@ -731,39 +649,40 @@ def demo_faces(people, pictures, seed):
 
 
 def open_data(args):
-    """--data -> faces to train on, and benchmarks for the first process."""
+    """--data -> faces to train on, and benchmarks."""
     if args.data == "demo":
-        return open_demo(args)
-    if Path(args.data, "train.rec").exists():
-        return open_records(args)
-    return open_folder(args)
+        faces, benchmarks = open_demo()
+    elif Path(args.data, "train.rec").exists():
+        faces, benchmarks = open_records(args)
+    else:
+        faces, benchmarks = open_folder(args)
+    found = f"{args.data}: {len(faces)} images of {faces.classes} identities"
+    if faces.classes < 2:
+        raise UserError(f"{found}: two are needed, as identity/image.jpg or train.rec, train.idx")
+    most = len(faces) // RANKS
+    if args.batch_size > most:
+        raise UserError(f"{found}: --batch-size can be {most} at most, with {RANKS} processes")
+    return faces, benchmarks
 
 
-def open_demo(args):
-    people, pictures = 150, 16
-    check_size(args, people * pictures, people)
-    benchmarks = []
-    if RANK == 0:
-        print("drawing faces", file=sys.stderr, flush=True)
-        strangers = demo_faces(40, 10, seed=2)
-        benchmarks = hold_out("people not seen in training", strangers.sources, strangers.labels)
-    return demo_faces(people, pictures, seed=1), benchmarks
+def open_demo():
+    print("drawing faces", file=sys.stderr, flush=True)
+    faces = demo_faces(150, 16, seed=1)
+    strangers = demo_faces(40, 10, seed=2)
+    return faces, hold_out("people not seen in training", strangers.sources, strangers.labels)
 
 
 def open_records(args):
     if args.holdout:
         raise UserError("--holdout is for image folders; put .bin sets beside a train.rec")
     args.holdout = 0
-    faces = RecordFaces(args.data)
-    check_size(args, len(faces), faces.classes)
     benchmarks = []
-    if RANK == 0:
-        for path in sorted(Path(args.data).glob("*.bin")):
-            try:
-                benchmarks.append(evaluate.read_bin(path))
-            except UserError as error:
-                warn_once(f"passed over, though it ends in .bin: {error}")
-    return faces, benchmarks
+    for path in sorted(Path(args.data).glob("*.bin")):
+        try:
+            benchmarks.append(evaluate.read_bin(path))
+        except UserError as error:
+            warn_once(f"passed over, though it ends in .bin: {error}")
+    return RecordFaces(args.data), benchmarks
 
 
 def open_folder(args):
@@ -775,9 +694,8 @@ def open_folder(args):
         raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
     classes = identities - args.holdout
     kept = np.count_nonzero(labels < classes)  # the identities that are held out come last
-    check_size(args, kept, classes)
     benchmarks = []
-    if args.holdout > 0 and RANK == 0:
+    if args.holdout > 0:
         benchmarks = hold_out("held-out identities", paths[kept:], labels[kept:])
     paths, labels = paths[:kept], labels[:kept]
     lines = []
@@ -787,28 +705,13 @@ def open_folder(args):
     return Faces(paths, labels, classes, fingerprint), benchmarks
 
 
-def check_size(args, images, classes):
-    there = f"{args.data}: {images} images of {classes} identities"
-    if classes < 2:
-        raise UserError(f"{there}: two are needed, as identity/image.jpg or train.rec, train.idx")
-    most = images // RANKS
-    if args.batch_size > most:
-        raise UserError(f"{there}: --batch-size can be {most} at most, with {RANKS} processes")
-
-
 def hold_out(name, sources, labels):
     """A benchmark of identities that are not trained on, in a list; [] if there are too few.
 
     It has up to 3,000 pairs of one person and as many of two, of at most 4,000 images.
     """
     rng = np.random.default_rng(0)
-    chosen = []
-    for i in np.sort(rng.permutation(len(labels))[:4000]):
-        try:
-            evaluate.open_image(sources[i])
-            chosen.append(i)
-        except UserError as error:
-            print(f"left out of the {name}: {error}", file=sys.stderr)
+    chosen = np.sort(rng.permutation(len(labels))[:4000])
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
@@ -871,16 +774,18 @@ def batches(count, batch_size, seed, steps):
 
 def main(argv=None):
     join_processes()
-    run = together(prepare, argv)
+    run = prepare(argv)
     if RANKS > 1:
         check_alike(run)
-    together(leave_first_files, run)
+    if run.step == 0:
+        save_last(run)  # a full disk is noticed now
+    show_faces(run)
     args = run.args
     text = f"{args.images:,} images of {args.classes:,} identities"
     text += f", {args.batch_size * RANKS} in a step; loss {args.loss}"
     if args.loss != "none":
         text += f", weight {args.weight:g}"
-    if run.begun:
+    if run.step > 0:
         text += f"; going on from step {run.step:,}"
     text += f"; run: {args.out}"
     report(args, text, {"args": vars(args)})
