@@ -87,9 +87,11 @@ class Benchmark:
 
 def split_gallery(identity):
     """The first image of each person as the gallery, the others as one group of probes."""
-    gallery = np.unique(identity, return_index=True)[1]
+    _, gallery = np.unique(identity, return_index=True)
     others = np.setdiff1d(np.arange(len(identity)), gallery)
-    return gallery, {"all": others} if len(others) else {}
+    if len(others) == 0:
+        return gallery, {}
+    return gallery, {"all": others}
 
 
 def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
@@ -110,12 +112,14 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
         except ValueError:
             text = f"expected 'name i j' or 'name i name j', i and j numbers, in {line[:80]!r}"
             raise UserError(f"{path}, line {line_number}: {text}") from None
-        first = place_of.setdefault(find_face(root, person, i), len(place_of))
-        second = place_of.setdefault(find_face(root, other, j), len(place_of))
+        image = find_face(root, person, i)
+        other_image = find_face(root, other, j)
+        first = place_of.setdefault(image, len(place_of))
+        second = place_of.setdefault(other_image, len(place_of))
         pairs.append((first, second, person == other))
     first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
     folders = [os.path.dirname(image) for image in place_of]
-    identity = np.unique(folders, return_inverse=True)[1]
+    _, identity = np.unique(folders, return_inverse=True)
     pairs = Pairs(first, second, genuine.astype(bool))
     gallery, probes = split_gallery(identity)
     return Benchmark(name, list(place_of), pairs, identity, gallery, probes, thresholds)
@@ -272,8 +276,9 @@ def read_tinyface(root):
         if not (person.isdigit() and separator):
             raise UserError(f"{path}: {form}")
         people.append(person)
-    identity = np.unique(people, return_inverse=True)[1]
-    identity = np.append(identity, [-1] * len(distractors)).astype(int)
+    _, identity = np.unique(people, return_inverse=True)
+    identity = np.append(identity, [-1] * len(distractors))
+    identity = identity.astype(int)
     gallery = np.arange(len(probes), len(identity))
     name = f"TinyFace, {len(distractors)} distractors"
     sources = probes + mates + distractors
@@ -301,7 +306,8 @@ def ten_folds(scores, genuine, thresholds):
     thresholds: how many to try, from -1 to 1.
     """
     grid = np.linspace(-1, 1, thresholds)[::-1]  # the highest first
-    correct = (scores >= grid[:, None]) == genuine  # (thresholds, P)
+    accepted = scores >= grid[:, None]
+    correct = accepted == genuine  # (thresholds, P)
     total = correct.sum(1)
     accuracies, chosen = [], []
     for fold in np.array_split(np.arange(len(genuine)), 10):
@@ -309,8 +315,9 @@ def ten_folds(scores, genuine, thresholds):
         best = correct_elsewhere.argmax()  # the first of equals
         accuracies.append(correct[best, fold].mean())
         chosen.append(grid[best])
-    accuracy, std = np.mean(accuracies), np.std(accuracies)
-    return float(accuracy), float(std), float(np.mean(chosen))
+    accuracy = float(np.mean(accuracies))
+    std = float(np.std(accuracies))
+    return accuracy, std, float(np.mean(chosen))
 
 
 FARS = np.logspace(-3, 0, 31)  # false acceptance rates of a ROC curve
@@ -326,8 +333,8 @@ def roc_curve(scores, genuine):
     if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
         return None
     # At most k impostors lie above the one at place k.
-    places = (FARS * len(impostor)).astype(int)
-    thresholds = np.append(impostor, -np.inf)[places]
+    allowed = (FARS * len(impostor)).astype(int)
+    thresholds = np.append(impostor, -np.inf)[allowed]
     accepted = scores[genuine] > thresholds[:, None]  # (rates, genuine pairs)
     return accepted.mean(1).tolist()
 
@@ -346,10 +353,11 @@ def identify(gallery, gallery_identity, probes, probe_identity):
         cosines = block @ gallery.T
         mates = people[:, None] == gallery_identity
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)  # -2: below every cosine
-        as_near = (cosines >= best) & ~mates  # strangers, who come first
-        rank = 1 + as_near.sum(1, keepdim=True)
+        strangers = (cosines >= best) & ~mates  # who come first
+        rank = 1 + strangers.sum(1, keepdim=True)
         rank = rank[mates.any(1)]
-        hits += (rank <= torch.arange(1, 51)).sum(0)
+        hit = rank <= torch.arange(1, 51)
+        hits += hit.sum(0)
     return (hits / len(probes)).tolist()
 
 
@@ -463,7 +471,8 @@ def search(sharp, degraded, benchmark):
     if len(rows) > 1:
         average = {"part": "average", "probes": None, "without_mate": None}
         for key in ("rank1", "rank5", "rank20"):
-            average[key] = sum(row[key] for row in rows) / len(rows)
+            rates = [row[key] for row in rows]
+            average[key] = sum(rates) / len(rates)
         rows.append(average)
     return rows
 
@@ -656,7 +665,8 @@ def one_line(error):
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if "Traceback" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2] or text
+        last = text.strip().splitlines()[-1]
+        text = last.partition(": ")[2] or text
     return " ".join(text.split())
 
 
@@ -747,14 +757,14 @@ def is_hidden(name):
 
 
 def images_below(root):
-    """Paths of the images in a folder, however deep, sorted by folder."""
+    """Paths of the images in a folder, however deep, sorted folder by folder."""
     paths = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-        for name in files:
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        for name in sorted(files):
             if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
                 paths.append(os.path.join(folder, name))
-    return sorted(paths, key=os.path.split)
+    return paths
 
 
 def load_backbone(path):
@@ -787,10 +797,15 @@ def keep_memory():
 def precision(device, amp):
     """The dtype of a backbone; "auto": bf16 where supported, else fp16 on GPUs, float32 on CPUs."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif amp == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        amp = "bf16" if ampere else "fp16"
+    elif amp == "auto" and torch.cpu._is_avx512_bf16_supported():
         amp = "bf16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    if amp == "bf16":
+        return torch.bfloat16
+    if amp == "fp16":
+        return torch.float16
+    return torch.float32
 
 
 def autocast(device, amp):

@@ -85,12 +85,15 @@ def take_picture(scene, size):
     on_sensor = from_rows @ scene @ from_columns.mT  # (N, 3, h, w)
     light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white
     light = light * draw(scene, 0.7, 1.3)
-    red, blue = draw(scene, 0.9, 1.1), draw(scene, 0.9, 1.1)
-    light = light * torch.cat([red, torch.ones_like(red), blue], 1)
+    red = draw(scene, 0.9, 1.1)
+    blue = draw(scene, 0.9, 1.1)
+    green = torch.ones_like(red)
+    light = light * torch.cat([red, green, blue], 1)
     photons = 10 ** draw(scene, 2, 3.5)
     electronics = draw(scene, 0, 12) / 255
     noise = to_device_of(scene, torch.randn(light.shape, device="cpu"))
-    light = light + noise * (light / photons + electronics**2).sqrt()
+    variance = light / photons + electronics**2
+    light = light + noise * variance.sqrt()
     small = compress(2 * light.clamp(0, 1) - 1)
     return F.interpolate(small.clamp(-1, 1), (height, width), mode="bilinear")
 
@@ -123,20 +126,28 @@ def compress(small):
     """
     height, width = small.shape[2:]
     padded = F.pad(small, (0, -width % 8, 0, -height % 8), mode="replicate")
-    light_and_colour = torch.einsum("ij, njhw -> nihw", to_device_of(small, YCBCR), padded)
-    blocks = light_and_colour.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, h / 8, w / 8, 8, 8)
+    to_ycbcr = to_device_of(small, YCBCR)
+    pixels = torch.einsum("ij, njhw -> nihw", to_ycbcr, padded)
+    blocks = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, h / 8, w / 8, 8, 8)
+
     k = torch.arange(8, device=small.device)
-    waves = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2  # row k: k half waves in a block
-    waves[0] /= math.sqrt(2)  # so that the waves are orthonormal
-    steps = (10 + 6 * (k + k[:, None])) / 127.5  # for quality 50: JPEG's tables, roughly
-    steps = steps * draw(small, 0.1, 1.7)  # as quality 95 is to 30
-    steps = torch.stack([steps, 2 * steps, 2 * steps], 1).unsqueeze(2)
+    phases = (2 * k + 1) * k[:, None]
+    waves = torch.cos(phases * math.pi / 16) / 2  # row k: k half waves in a block
+    waves[0] /= math.sqrt(2)  # so that they are orthonormal
     amounts = waves @ blocks @ waves.T
+
+    frequencies = k + k[:, None]
+    steps = (10 + 6 * frequencies) / 127.5  # for quality 50: JPEG's tables, roughly
+    steps = steps * draw(small, 0.1, 1.7)  # as quality 95 is to 30
+    steps = torch.stack([steps, 2 * steps, 2 * steps], 1)  # light, colour, colour
+    steps = steps.unsqueeze(2)  # for all blocks: (N, 3, 1, 1, 8, 8)
     amounts = (amounts / steps).round() * steps
+
     blocks = waves.T @ amounts @ waves
-    light_and_colour = blocks.transpose(3, 4).reshape(padded.shape)
-    rgb = to_device_of(small, torch.linalg.inv(YCBCR))
-    return torch.einsum("ij, njhw -> nihw", rgb, light_and_colour)[:, :, :height, :width]
+    pixels = blocks.transpose(3, 4).reshape(padded.shape)
+    to_rgb = to_device_of(small, torch.linalg.inv(YCBCR))
+    padded = torch.einsum("ij, njhw -> nihw", to_rgb, pixels)
+    return padded[:, :, :height, :width]
 
 
 def draw(images, low, high):
@@ -370,15 +381,18 @@ class ArcFace(nn.Module):
             # Dividing by the classes' norms needs less memory than normalising a copy of them.
             weight = self.weight.float()
             norms = weight.norm(dim=1).clamp(min=1e-12)
-            cosines = F.normalize(embeddings.float()) @ weight.T / norms  # (N, classes)
+            unit = F.normalize(embeddings.float())
+            cosines = unit @ weight.T / norms  # (N, classes)
             own = cosines.gather(1, labels[:, None])  # (N, 1): cos(theta)
             # The clamp bounds the gradient, which is infinite at theta = 0 and pi.
             sine = (1 - own.square()).clamp(min=1e-6).sqrt()
-            cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
+            cos_m = math.cos(self.margin)
+            sin_m = math.sin(self.margin)
             with_margin = own * cos_m - sine * sin_m  # cos(theta + m)
             beyond_pi = own + cos_m - 1  # both are -1 at theta + m = pi
             with_margin = torch.where(own > -cos_m, with_margin, beyond_pi)
-            return self.scale * cosines.scatter(1, labels[:, None], with_margin)
+            cosines = cosines.scatter(1, labels[:, None], with_margin)
+            return self.scale * cosines
 
 
 # ---- 4. Distances between embeddings x and y, (N, D) each, of the same N faces -------------------
@@ -484,7 +498,8 @@ class LRFR(nn.Module):
         """
         sharp = random_flip(images)
         if self.maug is None:
-            loss = F.cross_entropy(self.head(self.backbone(sharp), labels), labels)
+            logits = self.head(self.backbone(sharp), labels)
+            loss = F.cross_entropy(logits, labels)
             return loss, {"sharp": loss.detach()}
         degraded = random_flip(self.maug(images))  # flipped independently, as in the official code
         # One forward of both, so that batch norm learns from the mixture that it will meet in use.
@@ -500,7 +515,8 @@ class LRFR(nn.Module):
             # Of unit embeddings, as in the official code, since cosines are all that is compared
             # later. |d_i| is then 0.02 to 0.05 on average, 0.25 at most, so that LogExp weighs the
             # dimensions nearly alike, and acts like L1 (measured in .github/RESULTS.md).
-            u_hr, u_lr = F.normalize(embeddings.float()).chunk(2)  # (N, D) each
+            unit = F.normalize(embeddings.float())
+            u_hr, u_lr = unit.chunk(2)  # (N, D) each
             if not self.pull_both:
                 u_hr = u_hr.detach()  # a fixed target, which cost no rank-1 in RESULTS.md
             distance = self.distance(u_hr, u_lr).float()
@@ -537,7 +553,8 @@ def load_backbone(path: str) -> IResNet:
     if block_count not in depth_of:
         raise ValueError(f"{path}: {block_count} blocks of an IResNet; known are {list(depth_of)}")
     try:
-        width, embed_dim = len(state["conv1.weight"]), len(state["fc.weight"])
+        width = len(state["conv1.weight"])
+        embed_dim = len(state["fc.weight"])
         with torch.device("meta"):  # allocates nothing: the file's tensors take the places
             backbone = IResNet(depth_of[block_count], width, embed_dim)
         backbone.load_state_dict(state, assign=True)

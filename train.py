@@ -130,9 +130,10 @@ def make_maug(args):
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    rise = (step + 1) / math.ceil(steps / 20)
-    fall = (steps - step) / (steps - steps // 20)
-    return peak * min(rise, fall)
+    rising = math.ceil(steps / 20)
+    falling = steps - steps // 20
+    rate = min((step + 1) / rising, (steps - step) / falling)
+    return peak * rate
 
 
 # ---- 2. Training ---------------------------------------------------------------------------------
@@ -346,7 +347,8 @@ def make_backbone(args, state):
 
 def default_weight(distance, embed_dim):
     """The weight with which a distance pulls as strongly as 300 of LogExp(1) in 512 dimensions."""
-    weight = 300 * pull_of(lrfr.logexp_loss, 512) / pull_of(distance, embed_dim)
+    pull = 300 * pull_of(lrfr.logexp_loss, 512)
+    weight = pull / pull_of(distance, embed_dim)
     return float(f"{weight:.2g}")
 
 
@@ -359,8 +361,8 @@ def pull_of(distance, embed_dim):
     across = F.normalize(other - along)
     y = (x + math.sqrt(3) * across) / 2
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(distance(x, y), x)
-    return gradient.norm().item()
+    distance(x, y).backward()
+    return x.grad.norm().item()
 
 
 def read_last(args):
@@ -370,10 +372,9 @@ def read_last(args):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"args", "step", "backbone", "head", "optimiser", "scaler"} - state.keys()
-        if missing:
-            raise KeyError(f"without {', '.join(sorted(missing))}")
-    except (PermissionError, MemoryError):
+        if not state.keys() >= {"args", "step", "backbone", "head", "optimiser", "scaler"}:
+            raise ValueError("something is missing")
+    except PermissionError:
         raise
     except Exception as error:  # of a dozen kinds, for a damaged file
         reason = evaluate.one_line(error)[:80]
@@ -385,17 +386,16 @@ def read_last(args):
 def check_same(args, state):
     """Refuses to go on with other options or data than the checkpoint's, wherever the data lies."""
     may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
-    old = state["args"]
-    for key, new in vars(args).items():
-        if key in may_change or key not in old or old[key] == new:
-            continue
-        if key == "init" and os.path.basename(new or "") == os.path.basename(old[key] or ""):
+    for key, old in state["args"].items():
+        new = getattr(args, key, old)
+        if key == "init" and old and new and Path(new).name == Path(old).name:
             continue  # the same file, elsewhere
-        what = f"{key} {old[key]}, not {new}"
-        if key == "fingerprint":
-            what = "other images or labels"
-        text = f"{args.out}/last.pt was made with {what}"
-        raise UserError(f"{text}: give the same, or another --out")
+        if key not in may_change and new != old:
+            what = f"{key} {old}, not {new}"
+            if key == "fingerprint":
+                what = "other images or labels"
+            text = f"{args.out}/last.pt was made with {what}"
+            raise UserError(f"{text}: give the same, or another --out")
 
 
 def check_alike(run):
@@ -484,13 +484,15 @@ class Faces(Dataset):
 
 def image_folder(root):
     """`root`/identity/image.jpg -> paths, sorted by identity, and labels."""
+    root = os.path.normpath(root)
     paths = evaluate.images_below(root)
-    folders = [os.path.dirname(path) for path in paths]
-    for folder in folders:
-        if os.path.dirname(folder) != os.path.normpath(root):
+    labels, number_of = [], {}
+    for path in paths:
+        folder = os.path.dirname(path)
+        if os.path.dirname(folder) != root:
             raise UserError(f"{folder} holds images: expected {root}/identity/image.jpg alone")
-    labels = np.unique(folders, return_inverse=True)[1]
-    return paths, labels
+        labels.append(number_of.setdefault(folder, len(number_of)))
+    return paths, np.array(labels, int)
 
 
 def hash_of(content):
@@ -506,7 +508,9 @@ def read_head(file):
     word = int.from_bytes(file.read(4), "little")
     if magic != MAGIC:
         raise UserError(f"{file.name}: no whole record before byte {file.tell()}: is it cut short?")
-    return word >> 29, word & (2**29 - 1)
+    flag = word >> 29
+    length = word & (2**29 - 1)
+    return flag, length
 
 
 def read_label(file, offset):
@@ -625,8 +629,9 @@ def draw_face(person, rng):
         for side in (-x, x):
             middle = SIZE / 2 + side + depth * turn
             left, right = middle - width, middle + width
-            box = np.array([left, y - height, right, y + height])
-            canvas.ellipse(list(2 * box), fill=tuple(fill))
+            top, bottom = y - height, y + height
+            box = [2 * left, 2 * top, 2 * right, 2 * bottom]
+            canvas.ellipse(box, fill=tuple(fill))
     angle = rng.normal(0, 5)
     image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=background)
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -701,7 +706,8 @@ def open_folder(args):
     lines = []
     for path, label in zip(paths, labels):
         lines.append(f"{path.removeprefix(args.data)} {label}")
-    fingerprint = hash_of("\n".join(lines).encode(errors="surrogateescape"))
+    listing = "\n".join(lines)
+    fingerprint = hash_of(listing.encode(errors="surrogateescape"))
     return Faces(paths, labels, classes, fingerprint), benchmarks
 
 
@@ -715,14 +721,17 @@ def hold_out(name, sources, labels):
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
-    genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
-    count = min(3000, len(genuine), len(impostor)) // 5 * 5  # both kinds together fill ten folds
+    genuine = np.flatnonzero(same)
+    impostor = np.flatnonzero(~same)
+    count = min(3000, len(genuine), len(impostor))
+    count = count // 5 * 5  # both kinds together fill ten folds
     if count == 0:
         warn_once(f"no table at the end: the {name} make fewer than five pairs of one kind")
         return []
     genuine = rng.choice(genuine, count, replace=False)
     impostor = rng.choice(impostor, count, replace=False)
-    order = np.stack([genuine, impostor], 1).ravel()  # in turn, so that each fold has both kinds
+    in_turn = np.stack([genuine, impostor], 1)  # so that each fold has both kinds
+    order = in_turn.ravel()
     pairs = evaluate.Pairs(first[order], second[order], same[order])
     chosen_sources = [sources[i] for i in chosen]
     gallery, probes = evaluate.split_gallery(identity)
@@ -732,26 +741,30 @@ def hold_out(name, sources, labels):
 def jitter(images, strength):
     """Turns, scales, shifts and lights each of (N, 3, H, W) in [-1, 1] at random.
 
-    strength 1: up to 9 degrees, 5 % of the size, 15 % of scale,
-    30 % of brightness and contrast. Drawn on the CPU, so that they are the same on every device.
+    strength 1: up to 9 degrees, 5 % of the size, 15 % of scale, 30 % of brightness and contrast.
+    Drawn on the CPU, so that they are the same on every device.
     """
     if strength == 0:
         return images
-    draws = strength * (2 * torch.rand(6, len(images)) - 1)
-    draws = draws.to(images.device, non_blocking=True)
+    draws = 2 * torch.rand(6, len(images)) - 1
+    draws = (strength * draws).to(images.device, non_blocking=True)
     angle, zoom, x, y, brightness, contrast = draws
     angle = math.radians(9) * angle
     scale = 1 + 0.15 * zoom
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = [cos, -sin, 0.1 * x, sin, cos, 0.1 * y]
-    matrices = torch.stack(rows, 1).view(-1, 2, 3)
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    upper = torch.stack([cos, -sin, 0.1 * x], 1)
+    lower = torch.stack([sin, cos, 0.1 * y], 1)
+    matrices = torch.stack([upper, lower], 1)  # (N, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)  # grey outside
     brightness = 1 + 0.3 * brightness.view(-1, 1, 1, 1)
+    light = (images + 1) * brightness
+    images = (light - 1).clamp(-1, 1)
     contrast = 1 + 0.3 * contrast.view(-1, 1, 1, 1)
-    images = ((images + 1) * brightness - 1).clamp(-1, 1)
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = ((images - mean) * contrast + mean).clamp(-1, 1)
+    images = (images - mean) * contrast + mean
+    images = images.clamp(-1, 1)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -765,7 +778,8 @@ def batches(count, batch_size, seed, steps):
         epoch, i = divmod(step, count // per_step)
         if i == 0 or step == steps[0]:
             order = np.random.default_rng([seed, epoch]).permutation(count)
-        own = order[i * per_step + RANK :: RANKS]
+        first = i * per_step + RANK
+        own = order[first::RANKS]
         yield own[:batch_size].tolist()
 
 

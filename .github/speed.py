@@ -191,7 +191,7 @@ def decode(args):
     for _ in range(args.repeats):
         begin = time.perf_counter()
         for path in paths:
-            train.read_face(path)
+            evaluate.read_face(path)
         times.append(time.perf_counter() - begin)
     print(f"{len(paths) / statistics.median(times):,.0f} images/s of {len(paths):,}")
 
