@@ -144,7 +144,7 @@ def parse_pair(fields):
 
 
 def find_face(root, person, number):
-    """The path of a person's image in a folder like LFW's, whatever its ending."""
+    """The path of a person's image in a folder like LFW's, with one of IMAGE_ENDINGS."""
     stem = os.path.join(root, person, f"{person}_{number:04d}")
     for ending in IMAGE_ENDINGS:
         if os.path.exists(stem + ending):
@@ -186,7 +186,7 @@ def content(value):
     if not isinstance(value, PickledArray):
         return value
     (data,) = [part for part in value.parts if isinstance(part, (bytes, bytearray, list))]
-    return data
+    return data  # its other parts are shape and type
 
 
 def read_bin(path):
@@ -201,7 +201,7 @@ def read_bin(path):
             labels = content(labels)
             if not isinstance(labels, list):  # bytes of booleans or integers, one a pair
                 size = len(labels) // (len(images) // 2)
-                labels = np.frombuffer(labels, f"<i{size}").tolist()
+                labels = np.frombuffer(labels, f"<i{size}").tolist()  # i4: integers of 4 bytes
             labels = [content(label) for label in labels]
         except Exception as error:  # of a dozen kinds, for damaged files
             text = "not a verification set, as pickle.dump((files, same)) makes it"
@@ -277,8 +277,7 @@ def read_tinyface(root):
             raise UserError(f"{path}: {form}")
         people.append(person)
     _, identity = np.unique(people, return_inverse=True)
-    identity = np.append(identity, [-1] * len(distractors))
-    identity = identity.astype(int)
+    identity = np.append(identity, np.full(len(distractors), -1))
     gallery = np.arange(len(probes), len(identity))
     name = f"TinyFace, {len(distractors)} distractors"
     sources = probes + mates + distractors
@@ -681,7 +680,8 @@ def run(main):
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except torch.OutOfMemoryError:
-        raise SystemExit("error: out of memory; a smaller --batch-size needs less") from None
+        text = "out of memory: in train.py, a smaller --batch-size needs less"
+        raise SystemExit(f"error: {text}") from None
 
 
 @functools.cache  # so that a process prints the same text once
@@ -723,8 +723,9 @@ def open_image(source):
     if isinstance(source, bytes):
         name, file = f"an image of {len(source)} bytes", io.BytesIO(source)
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's, which name no file
+            image = Image.open(file, formats=FORMATS)
             mode = image.mode
             image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
     except Image.DecompressionBombError:

@@ -51,122 +51,10 @@ def degrade(images: Tensor, px: int | Tensor) -> Tensor:
     return at_each_resolution(images, px, resize_down_and_up)
 
 
-def photograph(images: Tensor, px: int | Tensor) -> Tensor:
-    """Shows each image as a cheap camera does that has `px` rows of pixels for it.
-
-    This is ours, not the paper's. What happens, in this order; the strength of each step is drawn
-    for each image, evenly within its range, from torch's CPU generator. In brackets, the ranges of
-    published work. As there, "light" means sRGB values.
-
-    lens           Gaussian blur, sigma 0.05 to 0.8 of the camera's pixels (BSRGAN: up to 0.7,
-                   Real-ESRGAN: up to 0.75)
-    sensor         a pixel is the average of the light on its area (Real-ESRGAN: "area")
-    exposure       0.7 to 1.3 times the light (GFPGAN: 0.5 to 1.5)
-    white balance  red and blue 0.9 to 1.1 times (Brooks et al.: gains within 12 % of the middle)
-    noise          Gaussian: of the light, as of 100 to 3,200 photons for white, evenly in the
-                   logarithm (BSRGAN: 100 to 10,000); of the electronics, standard deviation 0 to 12
-                   of 255 (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30)
-    JPEG           quality 30 to 95 (BSRGAN, Real-ESRGAN: the same), in a simplified form
-    screen         clipped to black and white; enlarged bilinearly (GFPGAN)
-
-    images, px, what is returned and refused: as for degrade.
-    BSRGAN: Zhang et al. 2021. Real-ESRGAN, GFPGAN: Wang et al. 2021. Brooks et al. 2019:
-    Unprocessing Images for Learned Raw Denoising.
-    """
-    return at_each_resolution(images, px, take_picture)
-
-
-def take_picture(scene, size):
-    """The steps of photograph, for a camera of size (h, w) pixels: (N, 3, H, W) -> the same."""
-    height, width = scene.shape[2:]
-    sigma = draw(scene, 0.05, 0.8) * height / size[0]  # in pixels of the scene
-    from_rows = lens_and_sensor(sigma, height, size[0])  # (N, 1, h, H)
-    from_columns = lens_and_sensor(sigma, width, size[1])  # (N, 1, w, W)
-    on_sensor = from_rows @ scene @ from_columns.mT  # (N, 3, h, w)
-    light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white
-    light = light * draw(scene, 0.7, 1.3)
-    red = draw(scene, 0.9, 1.1)
-    blue = draw(scene, 0.9, 1.1)
-    green = torch.ones_like(red)
-    light = light * torch.cat([red, green, blue], 1)
-    photons = 10 ** draw(scene, 2, 3.5)
-    electronics = draw(scene, 0, 12) / 255
-    noise = to_device_of(scene, torch.randn(light.shape, device="cpu"))
-    variance = light / photons + electronics**2
-    light = light + noise * variance.sqrt()
-    small = compress(2 * light.clamp(0, 1) - 1)
-    return F.interpolate(small.clamp(-1, 1), (height, width), mode="bilinear")
-
-
-def lens_and_sensor(sigma, length, pixels):
-    """(N, 1, pixels, length): how much of each row (or column) of the scene a camera's row sees.
-
-    sigma: (N, 1, 1, 1), in pixels of the scene.
-    """
-    place = torch.arange(length, device=sigma.device)
-    distance = place - place[:, None]
-    blur = torch.exp(-((distance / sigma) ** 2) / 2)
-    blur = blur / blur.sum(-1, keepdim=True)  # row i holds the weights of what is around it
-    return F.interpolate(blur, (pixels, length), mode="area")
-
-
-# Rows: light (Y), blue (Cb) and red (Cr), as JPEG makes them of red, green and blue.
-YCBCR = torch.tensor(
-    [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]],
-    device="cpu",
-)
-
-
-def compress(small):
-    """What JPEG leaves of images (N, 3, h, w) in [-1, 1].
-
-    In blocks of 8 x 8 pixels, it writes light and colour as sums of waves, and rounds how much of
-    each wave there is: colour and short waves to coarser steps. (The steps grow evenly here, where
-    JPEG has tables, and colour keeps its resolution, where most cameras halve it.)
-    """
-    height, width = small.shape[2:]
-    padded = F.pad(small, (0, -width % 8, 0, -height % 8), mode="replicate")
-    to_ycbcr = to_device_of(small, YCBCR)
-    pixels = torch.einsum("ij, njhw -> nihw", to_ycbcr, padded)
-    blocks = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, h / 8, w / 8, 8, 8)
-
-    k = torch.arange(8, device=small.device)
-    phases = (2 * k + 1) * k[:, None]
-    waves = torch.cos(phases * math.pi / 16) / 2  # row k: k half waves in a block
-    waves[0] /= math.sqrt(2)  # so that they are orthonormal
-    amounts = waves @ blocks @ waves.T
-
-    frequencies = k + k[:, None]
-    steps = (10 + 6 * frequencies) / 127.5  # for quality 50: JPEG's tables, roughly
-    steps = steps * draw(small, 0.1, 1.7)  # as quality 95 is to 30
-    steps = torch.stack([steps, 2 * steps, 2 * steps], 1)  # light, colour, colour
-    steps = steps.unsqueeze(2)  # for all blocks: (N, 3, 1, 1, 8, 8)
-    amounts = (amounts / steps).round() * steps
-
-    blocks = waves.T @ amounts @ waves
-    pixels = blocks.transpose(3, 4).reshape(padded.shape)
-    to_rgb = to_device_of(small, torch.linalg.inv(YCBCR))
-    padded = torch.einsum("ij, njhw -> nihw", to_rgb, pixels)
-    return padded[:, :, :height, :width]
-
-
-def draw(images, low, high):
-    """A number from `low` to `high` for each of N images: (N, 1, 1, 1)."""
-    numbers = torch.rand(len(images), 1, 1, 1, device="cpu")
-    return low + (high - low) * to_device_of(images, numbers)
-
-
-def to_device_of(images, tensor):
-    """Sends a tensor from the CPU to where the images are; the CPU does not wait for a GPU."""
-    if images.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(images.device, non_blocking=True)
-
-
 def resize_down_and_up(images, size):
     """Bicubic; the overshoot of the cubic is clipped, as in an 8-bit image.
 
-    With antialiasing on the way up as well, since torch has Pillow's cubic only with it.
+    torch's cubic is Pillow's with antialias=True only, which changes nothing else on the way up.
     """
     small = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
     large = F.interpolate(small, images.shape[2:], mode="bicubic", antialias=True)
@@ -191,6 +79,126 @@ def at_each_resolution(images, px, function):
         with torch.autocast(images.device.type, enabled=False):  # float32 throughout
             degraded[chosen] = function(images[chosen].float(), size).to(images.dtype)
     return degraded
+
+
+def to_device_of(images, tensor):
+    """Sends a tensor from the CPU to where the images are; the CPU does not wait for a GPU."""
+    if images.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(images.device, non_blocking=True)
+
+
+# A camera in place of bicubic resizing: ours, not the paper's.
+
+
+def photograph(images: Tensor, px: int | Tensor) -> Tensor:
+    """What a cheap camera makes of each image when the face covers `px` rows of its pixels.
+
+    What happens, in this order; the strength of each step is drawn for each image, evenly within
+    its range, from torch's CPU generator. In brackets, the ranges of published work. As there,
+    "light" means sRGB values.
+
+    lens           Gaussian blur, sigma 0.05 to 0.8 of the camera's pixels (BSRGAN: up to 0.7,
+                   Real-ESRGAN: up to 0.75)
+    sensor         a pixel is the average of the light on its area (Real-ESRGAN: "area")
+    exposure       0.7 to 1.3 times the light (GFPGAN: 0.5 to 1.5)
+    white balance  red and blue 0.9 to 1.1 times (Brooks et al.: gains within 12 % of the middle)
+    noise          Gaussian: of the light, white being 100 to 3,200 photons, evenly in the logarithm
+                   (BSRGAN: 100 to 10,000); of the electronics, standard deviation 0 to 12 of 255
+                   (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30); then clipped, as by the sensor
+    JPEG           simplified, quality 95 to 30, evenly in the size of its steps (BSRGAN,
+                   Real-ESRGAN: 30 to 95)
+    screen         enlarged bilinearly (GFPGAN)
+
+    images, px, what is returned and refused: as for degrade.
+    BSRGAN: Zhang et al. 2021. Real-ESRGAN, GFPGAN: Wang et al. 2021. Brooks et al. 2019:
+    Unprocessing Images for Learned Raw Denoising.
+    """
+    return at_each_resolution(images, px, take_picture)
+
+
+def take_picture(scene, size):
+    """The steps of photograph, for a camera of size (h, w) pixels: (N, 3, H, W) -> the same."""
+    height, width = scene.shape[2:]
+    sigma = draw(scene, 0.05, 0.8) * height / size[0]  # in pixels of the scene
+    row_weights = lens_and_sensor(sigma, height, size[0])  # (N, 1, h, H)
+    column_weights = lens_and_sensor(sigma, width, size[1])  # (N, 1, w, W)
+    on_sensor = row_weights @ scene @ column_weights.mT  # (N, 3, h, w)
+    light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white, whatever is rounded
+    light = light * draw(scene, 0.7, 1.3)
+    red = draw(scene, 0.9, 1.1)
+    blue = draw(scene, 0.9, 1.1)
+    green = torch.ones_like(red)
+    light = light * torch.cat([red, green, blue], 1)
+    photons = 10 ** draw(scene, 2, 3.5)
+    electronics = draw(scene, 0, 12) / 255
+    noise = to_device_of(scene, torch.randn(light.shape, device="cpu"))
+    variance = light / photons + electronics**2
+    light = light + noise * variance.sqrt()
+    small = compress(2 * light.clamp(0, 1) - 1).clamp(-1, 1)
+    return F.interpolate(small, (height, width), mode="bilinear")
+
+
+def lens_and_sensor(sigma, length, pixels):
+    """(N, 1, pixels, length): how much of each row (or column) of the scene a camera's row sees.
+
+    sigma: (N, 1, 1, 1), in pixels of the scene.
+    """
+    place = torch.arange(length, device=sigma.device)
+    distance = place - place[:, None]
+    blur = torch.exp(-((distance / sigma) ** 2) / 2)
+    blur = blur / blur.sum(-1, keepdim=True)  # row i: the weights of all rows in the blurred row i
+    # A pixel averages the blurred rows on its area, and so their weights.
+    return F.interpolate(blur, (pixels, length), mode="area")
+
+
+# Rows: light (Y), blue (Cb) and red (Cr), as JPEG makes them of red, green and blue.
+TO_YCBCR = torch.tensor(
+    [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]],
+    device="cpu",
+)
+TO_RGB = torch.linalg.inv(TO_YCBCR)
+
+
+def compress(images):
+    """What JPEG leaves of images (N, 3, h, w) in [-1, 1].
+
+    In blocks of 8 x 8 pixels, it writes light and colour as sums of waves (discrete cosine
+    transform), and rounds how much of each wave there is: of colour and of short waves more
+    coarsely. (Here the steps grow evenly, where JPEG has tables, and colour keeps its resolution,
+    where most cameras halve it.)
+    """
+    height, width = images.shape[2:]
+    # Up to a multiple of 8.
+    padded = F.pad(images, (0, -width % 8, 0, -height % 8), mode="replicate")
+    ycbcr = torch.einsum("ij, njhw -> nihw", to_device_of(images, TO_YCBCR), padded)
+    blocks = ycbcr.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, h / 8, w / 8, 8, 8)
+
+    n = torch.arange(8, device=images.device)  # pixels of a row
+    k = n[:, None]  # half waves in a row
+    waves = torch.cos((2 * n + 1) * k * math.pi / 16) / 2  # (8 waves, 8 pixels)
+    waves[0] /= math.sqrt(2)  # so that they are orthonormal
+    amounts = waves @ blocks @ waves.T
+
+    steps = (10 + 6 * (k + n)) / 127.5  # roughly JPEG's for quality 50; of 255, where we have 2
+    steps = steps * draw(images, 0.1, 1.7)  # 0.1: quality 95, 1.7: quality 30
+    steps = torch.cat([steps, 2 * steps, 2 * steps], 1)  # (N, 3, 8, 8): light, colour, colour
+    steps = steps[:, :, None, None]  # the same for all blocks
+    amounts = (amounts / steps).round() * steps
+
+    blocks = waves.T @ amounts @ waves
+    ycbcr = blocks.transpose(3, 4).reshape(padded.shape)
+    rgb = torch.einsum("ij, njhw -> nihw", to_device_of(images, TO_RGB), ycbcr)
+    return rgb[:, :, :height, :width]
+
+
+def draw(images, low, high):
+    """A number from `low` to `high` for each of N images: (N, 1, 1, 1)."""
+    numbers = torch.rand(len(images), 1, 1, 1, device="cpu")
+    return low + (high - low) * to_device_of(images, numbers)
+
+
+# Multi-resolution augmentation, which draws between the two.
 
 
 def parse_ratio(text: str) -> tuple[float, ...]:
@@ -249,6 +257,7 @@ class MAug:
             chosen = (torch.rand(len(px), device="cpu") < self.camera).nonzero().squeeze(1)
             if len(chosen) > 0:
                 places = to_device_of(images, chosen)
+                # A camera of one's own may know nothing of autocast.
                 with torch.autocast(images.device.type, enabled=False):
                     degraded[places] = self.photograph(images[places], px[chosen])
         return degraded
@@ -463,9 +472,9 @@ class LRFR(nn.Module):
     backbone: images -> (N, D). head: (embeddings, labels) -> logits.
     maug: degrades a batch of images; None for the paper's baseline, L = CE(head(f_hr), y).
     distance: a function of two (N, D) tensors, such as logexp_loss; None for no distance.
-    weight: lambda. The default is for LogExp(1) and D = 512; 1000 when fine-tuning. At a cosine of
-    0.5, 720 of LogExp(2), 16 of L1 and 180 of L2 have a gradient of the same norm. For other D, let
-    the weight grow in proportion to D, that of L1 to the root of D.
+    weight: lambda. The default is for LogExp(1) and D = 512; 1000 when fine-tuning. As strong, at a
+    cosine of 0.5: 720 for LogExp(2), 16 for L1, 180 for L2. For other D, let the weight grow in
+    proportion to D, that of L1 to the root of D.
     pull_both: the distance moves the sharp embedding as well, as in the official code.
     maug and the flips draw from torch's CPU generator: seed each process differently.
     ValueError for a distance without maug.
@@ -635,7 +644,7 @@ def embed(backbone: nn.Module, images: Tensor, flip: str = "sum") -> Tensor:
     if flip == "sum":
         embeddings = embeddings + backbone(images.flip(3))
     if flip == "concat":
-        mirrored = backbone(images.flip(3))
+        mirrored = backbone(images.flip(3)).float()
         embeddings = torch.cat([F.normalize(embeddings), F.normalize(mirrored)], 1)
     return F.normalize(embeddings)
 

@@ -131,7 +131,7 @@ def test_degrade_does_to_each_image_what_pillow_does(files):
 @pytest.fixture
 def without_jpeg(monkeypatch):
     """Leaves out a step of lrfr.photograph that rounds, and so enlarges small differences."""
-    monkeypatch.setattr(lrfr, "compress", lambda small: small)
+    monkeypatch.setattr(lrfr, "compress", lambda images: images)
 
 
 def photograph_slow(file, strengths, noise, px):
@@ -200,7 +200,7 @@ def test_photograph_lights_and_disturbs_a_grey_wall_as_it_says():
 
 def compress_slow(block, coarseness):
     """lrfr.compress for one block (3, 8, 8) and one draw, wave by wave in float64."""
-    to_ycbcr = lrfr.YCBCR.double().numpy()
+    to_ycbcr = lrfr.TO_YCBCR.double().numpy()
     light_and_colour = np.tensordot(to_ycbcr, block, 1)
     result = np.zeros((3, 8, 8))
     middles = np.arange(8) + 0.5
@@ -262,7 +262,7 @@ def test_compress_loses_about_as_much_as_jpeg(quality, coarseness, files, monkey
 
 def test_photograph_compresses(files, monkeypatch):
     images = lrfr.to_input(evaluate.read_images(files[:2]), "cpu")
-    monkeypatch.setattr(lrfr, "compress", lambda small: 0 * small - 2)
+    monkeypatch.setattr(lrfr, "compress", lambda images: 0 * images - 2)
     assert torch.equal(lrfr.photograph(images, 7), torch.full_like(images, -1))
 
 

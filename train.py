@@ -130,10 +130,10 @@ def make_maug(args):
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    rising = math.ceil(steps / 20)
-    falling = steps - steps // 20
-    rate = min((step + 1) / rising, (steps - step) / falling)
-    return peak * rate
+    rise_steps = math.ceil(steps / 20)
+    fall_steps = steps - steps // 20
+    share = min((step + 1) / rise_steps, (steps - step) / fall_steps)
+    return peak * share
 
 
 # ---- 2. Training ---------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Run:
     """What a run consists of, and how far it is."""
 
     args: argparse.Namespace
-    faces: Dataset
+    faces: "Faces"
     benchmarks: list
     model: lrfr.LRFR
     optimiser: torch.optim.Optimizer
@@ -153,7 +153,7 @@ class Run:
 
 
 def train(run):
-    """Trains from run.step on to the end."""
+    """Trains from run.step on to the end, and makes the table there."""
     args, model = run.args, run.model
     optimiser, scaler = run.optimiser, run.scaler
     network = model
@@ -178,7 +178,7 @@ def train(run):
         labels = labels.to(args.device, non_blocking=True)
         images = lrfr.to_input(images, args.device)
         images = jitter(images, args.jitter)
-        with evaluate.autocast(args.device, args.amp):  # head and losses leave it again
+        with evaluate.autocast(args.device, args.amp):  # head and losses leave it, for float32
             loss, parts = network(images, labels)  # degrades, embeds, classifies: LRFR.forward
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
@@ -195,7 +195,7 @@ def train(run):
             losses = {"loss": loss.item()}  # here the CPU waits for a GPU
             for name, value in parts.items():
                 losses[name] = value.item()
-            reported = time.monotonic()
+            reported = time.monotonic()  # now
             seconds = (reported - started) / (run.step - begin)
             left = timedelta(seconds=int((steps - run.step) * seconds))
             rate = per_step / max(seconds, 1e-9)
@@ -213,7 +213,7 @@ def train(run):
         if epoch_ends and run.faces.evaluated_each_epoch and run.step < steps:
             before = time.monotonic()
             run_benchmarks(run)
-            started += time.monotonic() - before  # is no part of the rate
+            started += time.monotonic() - before  # evaluation does not count in faces/s
     run_benchmarks(run)
 
 
@@ -237,7 +237,7 @@ def run_benchmarks(run):
         try:
             rows = evaluate.evaluate(named, benchmark, evaluate.RESOLUTIONS, settings)
         except UserError as error:
-            warn_once(f"not evaluated: {error}")
+            warn_once(f"not evaluated: {error}; the same command tries again")
         else:
             report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
     backbone.train()
@@ -258,7 +258,7 @@ def prepare(argv):
     """Makes a Run of the options. What cannot work is refused here, the cheap checks first."""
     args = parse_arguments(argv)
     check_folders(args)
-    use_device(args)
+    choose_device(args)
     args.processes = RANKS
     state = read_last(args)
     if state is not None and args.init is None:  # not given again
@@ -271,6 +271,8 @@ def prepare(argv):
         distance = functools.partial(lrfr.logexp_loss, p=args.p)
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
+    if state is not None:
+        check_same(args, state)  # the options; further down the data as well
     faces, benchmarks = open_data(args)
     args.images = len(faces)
     args.classes = faces.classes
@@ -319,7 +321,7 @@ def check_folders(args):
     os.makedirs(args.out, exist_ok=True)
 
 
-def use_device(args):
+def choose_device(args):
     if RANKS > 1 and args.device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
@@ -331,7 +333,7 @@ def use_device(args):
 
 
 def make_backbone(args, state):
-    """The backbone of a checkpoint's depth and width, of --init, or a new one."""
+    """A backbone of the checkpoint's depth and width, that of --init, or a new one."""
     if state is not None:
         backbone = evaluate.load_backbone(Path(args.out, "last.pt"))
     elif args.init is not None:
@@ -359,7 +361,7 @@ def pull_of(distance, embed_dim):
     x = F.normalize(x)
     along = (other * x).sum(1, keepdim=True) * x
     across = F.normalize(other - along)
-    y = (x + math.sqrt(3) * across) / 2
+    y = (x + math.sqrt(3) * across) / 2  # at 60 degrees from x
     x.requires_grad_()
     distance(x, y).backward()
     return x.grad.norm().item()
@@ -374,7 +376,7 @@ def read_last(args):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not state.keys() >= {"args", "step", "backbone", "head", "optimiser", "scaler"}:
             raise ValueError("something is missing")
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # of a dozen kinds, for a damaged file
         reason = evaluate.one_line(error)[:80]
@@ -390,7 +392,7 @@ def check_same(args, state):
         new = getattr(args, key, old)
         if key == "init" and old and new and Path(new).name == Path(old).name:
             continue  # the same file, elsewhere
-        if key not in may_change and new != old:
+        if key not in may_change and new not in (None, old):  # None: not given
             what = f"{key} {old}, not {new}"
             if key == "fingerprint":
                 what = "other images or labels"
@@ -459,7 +461,7 @@ class Faces(Dataset):
 
     evaluated_each_epoch = False
 
-    def __init__(self, sources, labels, classes, fingerprint=""):
+    def __init__(self, sources, labels, classes, fingerprint):
         self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
@@ -547,10 +549,10 @@ def read_record(path, offset):
 class RecordFaces(Faces):
     """Faces of `root`/train.rec and train.idx, as InsightFace or im2rec writes them.
 
-    `sources` are byte offsets. InsightFace's record 0 is no image; its label is the first key that
-    is none either, and the file `property` tells the number n of identities, labelled 0 to n - 1.
-    Without one of these, the labels are read from the records, and renumbered from 0. (Above 2^24
-    keys, that float32 can be a few too high or too low; what is no image is then skipped.)
+    `sources` are byte offsets. In InsightFace's, record 0 is no image: its label is the first key
+    behind the images, and the file `property` says how many identities there are, labelled from 0.
+    Where either is missing, the labels are read from all records, and renumbered from 0. (Above
+    2^24 keys, that float32 can be a few too high or too low; what is no image is then skipped.)
     """
 
     evaluated_each_epoch = True  # on the .bin sets beside it
@@ -565,7 +567,7 @@ class RecordFaces(Faces):
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
             keys, places = np.unique(keys, return_index=True)  # sorted
             offsets = offsets[places]
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb", buffering=0) as file:  # 36 bytes of each record
                 end, has_image = read_label(file, offsets[0])
                 if not has_image:
                     offsets = offsets[(keys > keys[0]) & (keys < end)]
@@ -671,7 +673,8 @@ def open_data(args):
 
 
 def open_demo():
-    print("drawing faces", file=sys.stderr, flush=True)
+    if RANK == 0:
+        print("drawing faces", file=sys.stderr, flush=True)
     faces = demo_faces(150, 16, seed=1)
     strangers = demo_faces(40, 10, seed=2)
     return faces, hold_out("people not seen in training", strangers.sources, strangers.labels)
@@ -694,7 +697,7 @@ def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
     if args.holdout is None:  # up to 5 %; of few identities none
-        args.holdout = min(100, identities // 40 * 2)
+        args.holdout = min(100, identities // 40 * 2)  # even: one alone makes no impostor pairs
     if args.holdout > max(0, identities - 2):
         raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
     classes = identities - args.holdout
@@ -746,14 +749,13 @@ def jitter(images, strength):
     """
     if strength == 0:
         return images
-    draws = 2 * torch.rand(6, len(images)) - 1
-    draws = (strength * draws).to(images.device, non_blocking=True)
-    angle, zoom, x, y, brightness, contrast = draws
+    draws = strength * (2 * torch.rand(6, len(images), device="cpu") - 1)
+    angle, zoom, x, y, brightness, contrast = lrfr.to_device_of(images, draws)
     angle = math.radians(9) * angle
     scale = 1 + 0.15 * zoom
     cos = scale * angle.cos()
     sin = scale * angle.sin()
-    upper = torch.stack([cos, -sin, 0.1 * x], 1)
+    upper = torch.stack([cos, -sin, 0.1 * x], 1)  # coordinates are from -1 to 1
     lower = torch.stack([sin, cos, 0.1 * y], 1)
     matrices = torch.stack([upper, lower], 1)  # (N, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
@@ -778,9 +780,8 @@ def batches(count, batch_size, seed, steps):
         epoch, i = divmod(step, count // per_step)
         if i == 0 or step == steps[0]:
             order = np.random.default_rng([seed, epoch]).permutation(count)
-        first = i * per_step + RANK
-        own = order[first::RANKS]
-        yield own[:batch_size].tolist()
+        together = order[i * per_step : (i + 1) * per_step]
+        yield together[RANK::RANKS].tolist()
 
 
 # ---- 5. Command line -----------------------------------------------------------------------------
@@ -810,6 +811,7 @@ def main(argv=None):
     if RANK == 0:
         print(f"the weights: {args.out}/last.pt")
     if RANKS > 1:
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ python .github/speed.py decode FOLDER       reading training images, of identity
 
 The plain step is the same network in float32 and NCHW, with two forwards and torch's defaults,
 without flips, clipping and Nesterov's momentum. Both run in turn, each in a process of its own,
-since train.use_device changes a whole process.
+since train.choose_device changes a whole process.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Stopwatch:
 def our_step(args, images, labels, watch):
     """The step of train.py, without weight decay and loss scaler."""
     device = args.device
-    train.use_device(args)
+    train.choose_device(args)
     backbone, head = lrfr.IResNet(args.depth, args.width), lrfr.ArcFace(CLASSES)
     model = lrfr.LRFR(backbone, head, lrfr.MAug(), lrfr.logexp_loss)
     model = model.train().to(device, memory_format=torch.channels_last)
