@@ -71,8 +71,10 @@ class Benchmark:
                 raise UserError(f"{self.name}: no probe has a mate in the gallery")
             return
         genuine = self.pairs.genuine
-        if genuine.all() or not genuine.any() or len(genuine) < 10:
-            kinds = f"{genuine.sum()} genuine and {(~genuine).sum()} impostor pairs"
+        count = genuine.sum()
+        others = len(genuine) - count
+        if count == 0 or others == 0 or len(genuine) < 10:
+            kinds = f"{count} genuine and {others} impostor pairs"
             raise UserError(f"{self.name}: {kinds}: a benchmark needs both, and ten in all")
         for fold in np.array_split(genuine, 10):
             if len(fold) > 1 and len(set(fold)) == 1:
@@ -81,7 +83,8 @@ class Benchmark:
 
     def count_mates(self, probes):
         """How many of these probes have an image of the same person in the gallery."""
-        in_gallery = np.isin(self.identity[probes], self.identity[self.gallery])
+        people = self.identity[self.gallery]
+        in_gallery = np.isin(self.identity[probes], people)
         return int(in_gallery.sum())
 
 
@@ -117,7 +120,8 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
         first = place_of.setdefault(image, len(place_of))
         second = place_of.setdefault(other_image, len(place_of))
         pairs.append((first, second, person == other))
-    first, second, genuine = np.array(pairs, int).reshape(-1, 3).T
+    numbers = np.array(pairs, int).reshape(-1, 3)
+    first, second, genuine = numbers.T
     folders = [os.path.dirname(image) for image in place_of]
     _, identity = np.unique(folders, return_inverse=True)
     pairs = Pairs(first, second, genuine.astype(bool))
@@ -393,7 +397,7 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
             degraded = images if px == SIZE else degrade(images, px)
             for name, backbone in backbones.items():
                 with autocast(settings.device, settings.amp):
-                    embeddings = lrfr.embed(backbone, degraded, settings.flip).float().cpu()
+                    embeddings = lrfr.embed(backbone, degraded, settings.flip).cpu()
                 if not embeddings.isfinite().all():
                     text = "not all its embeddings are finite numbers: give --amp off"
                     raise UserError(f"{name}: {text}")
@@ -427,7 +431,8 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
     for px, name in itertools.product(resolutions, backbones):
         sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
         row = {"set": title, "checkpoint": name, "px": px}
-        row |= {"flip": settings.flip, "precision": dtype}
+        row["flip"] = settings.flip
+        row["precision"] = dtype
         if benchmark.pairs is not None:
             row["pairs"] = len(benchmark.pairs.genuine)
             row |= verify(degraded, degraded, benchmark, "both")
@@ -442,7 +447,8 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
 def verify(left, right, benchmark, kind):
     """Verifies the pairs of two sets of embeddings (n, D) -> entries of a row of results."""
     first, second, genuine = benchmark.pairs
-    cosines = (left[first] * right[second]).sum(1)
+    products = left[first] * right[second]
+    cosines = products.sum(1)
     scores = cosines.double().numpy()
     accuracy, std, threshold = ten_folds(scores, genuine, benchmark.thresholds)
     roc = roc_curve(scores, genuine)
@@ -462,8 +468,9 @@ def search(sharp, degraded, benchmark):
     rows = []
     for part, probes in benchmark.probes.items():
         cmc = identify(sharp[gallery], identity[gallery], degraded[probes], identity[probes])
+        mates = benchmark.count_mates(probes)
         row = {"part": part, "probes": len(probes)}
-        row["without_mate"] = len(probes) - benchmark.count_mates(probes)
+        row["without_mate"] = len(probes) - mates
         for k in (1, 5, 20):
             row[f"rank{k}"] = cmc[k - 1]
         rows.append(row | {"cmc": cmc})
@@ -523,7 +530,9 @@ def table(rows):
     if "pairs" in first:
         text += f"{first['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
         text += "threshold: the cosine from which to accept, for the best accuracy\n"
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = []
+    for column in zip(*cells):
+        widths.append(max(map(len, column)))
     for line in cells:
         padded = [entry.rjust(width) for entry, width in zip(line, widths)]
         text += "  ".join(padded) + "\n"
@@ -748,8 +757,9 @@ def read_face(source):
 
 def read_images(sources):
     """Reads n faces from paths or the bytes of image files -> (n, 3, 112, 112) uint8 RGB."""
-    pixels = np.stack([read_face(source) for source in sources])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    faces = [read_face(source) for source in sources]
+    pixels = torch.from_numpy(np.stack(faces))
+    return pixels.permute(0, 3, 1, 2)
 
 
 def is_hidden(name):
