@@ -105,8 +105,12 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     path = Path(root, pairs_file)
     if not path.exists() and path.with_suffix(".csv").exists():
         path = path.with_suffix(".csv")
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text in UTF-8: save it as that") from None
     place_of, pairs = {}, []  # place_of: image -> its place among the sources
-    for line_number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for line_number, line in enumerate(lines, 1):
         fields = split_line(line, path.suffix)
         if not fields or (line_number == 1 and not any(map(str.isdecimal, fields[2:]))):
             continue  # the first line may be a header
@@ -716,7 +720,8 @@ def new_file(path):
             raise
         raise UserError(f"{path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")

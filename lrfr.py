@@ -578,7 +578,7 @@ def read_state_dict(path):
     try:
         with torch.serialization.safe_globals(numpy_scalars()):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # of many kinds, for a file that is damaged or no checkpoint
         raise ValueError(f"{path}: {what_is_wrong(path, error)}") from None

@@ -668,6 +668,7 @@ BAD_SETS = [  # a file, its content, and why its set is refused
     ("lfw/pairs.txt", b"\nP0/P0_0001.jpg P1/P1_0002.jpg 1\n", f"line 2: {LFW_LINE}"),
     ("lfw/pairs.txt", b"P0\t1\t9\n", "no image lfw/P0/P0_0009.jpg (or .png ...)"),
     ("lfw/pairs.txt", b"P0\t1\t2\n" * 20, "20 genuine and 0 impostor pairs"),
+    ("lfw/pairs.txt", "P0\t1\t2\n".encode("utf-16"), "not text in UTF-8: save it as that"),
     ("set.bin", b"", "not a verification set, as pickle.dump"),
     ("set.bin", BOMB, "makes it (it asks for posix.system)"),
     ("set.bin", pickle.dumps((TEN, [1, 0, 1] * 3)), "20 images for 9 pairs"),
@@ -904,6 +905,11 @@ def test_the_last_identities_are_held_out(folder, files):
     assert len(set(zip(first, second))) == 30
     assert np.array_equal(benchmark.identity[first] == benchmark.identity[second], genuine)
     assert {Path(benchmark.sources[i]).parent.name for i in first} <= {"P5", "P6", "P7"}
+    shutil.copytree(folder, "data")
+    write("data/P7/P7_0001.jpg", b"bad")
+    _, (benchmark,) = open_data("data", 3)
+    assert [Path(source).name for source in benchmark.sources].count("P7_0001.jpg") == 0
+    assert len(benchmark.sources) == 11
     for i in range(80):  # too few for a table: train without one
         write(f"few/{i % 40}/{i}.jpg", files[0])
     for data, holdout, people in (("few", 2, 38), (folder, 1, 7)):

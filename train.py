@@ -104,7 +104,7 @@ def parse_arguments(argv):
         parser.error("--p is the exponent of --loss logexp")
     if args.weight is not None and args.loss == "none":
         parser.error("--weight is that of a distance: --loss none has none")
-    if args.holdout and args.data == "demo":
+    if args.holdout is not None and args.data == "demo":
         parser.error("--holdout is for image folders; the demo has people of its own for its table")
     try:
         make_maug(args)
@@ -237,7 +237,7 @@ def run_benchmarks(run):
         try:
             rows = evaluate.evaluate(named, benchmark, evaluate.RESOLUTIONS, settings)
         except UserError as error:
-            warn_once(f"not evaluated: {error}; the same command tries again")
+            warn_once(f"not evaluated at step {run.step:,}: {error}")
         else:
             report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
     backbone.train()
@@ -296,7 +296,7 @@ def prepare(argv):
     if state is not None:
         check_same(args, state)
         for name, part in parts_of(run).items():
-            if state[name]:  # the scaler has a state in float16 only
+            if name != "scaler" or state[name]:  # the scaler has a state in float16 only
                 part.load_state_dict(state[name])
         optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
         run.step = state["step"]
@@ -389,7 +389,7 @@ def check_same(args, state):
     """Refuses to go on with other options or data than the checkpoint's, wherever the data lies."""
     may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
     for key, old in state["args"].items():
-        new = getattr(args, key, old)
+        new = getattr(args, key, old)  # what is of the data is not known at first
         if key == "init" and old and new and Path(new).name == Path(old).name:
             continue  # the same file, elsewhere
         if key not in may_change and new not in (None, old):  # None: not given
@@ -573,7 +573,7 @@ class RecordFaces(Faces):
                     offsets = offsets[(keys > keys[0]) & (keys < end)]
                 if not has_image and properties.exists():
                     classes, _, _ = properties.read_text().partition(",")
-                    labels = range(int(classes))
+                    labels = range(int(classes))  # the records have 0.0, 1.0 ...: equal keys
                 else:
                     labels = {read_label(file, offset)[0] for offset in offsets}
         except (OSError, ValueError, IndexError, UserError) as error:
@@ -688,8 +688,9 @@ def open_records(args):
     for path in sorted(Path(args.data).glob("*.bin")):
         try:
             benchmarks.append(evaluate.read_bin(path))
-        except UserError as error:
-            warn_once(f"passed over, though it ends in .bin: {error}")
+        except (UserError, OSError) as error:
+            text = evaluate.one_line(error)
+            warn_once(f"passed over, though it ends in .bin: {text}")
     return RecordFaces(args.data), benchmarks
 
 
@@ -720,7 +721,13 @@ def hold_out(name, sources, labels):
     It has up to 3,000 pairs of one person and as many of two, of at most 4,000 images.
     """
     rng = np.random.default_rng(0)
-    chosen = np.sort(rng.permutation(len(labels))[:4000])
+    chosen = []
+    for i in np.sort(rng.permutation(len(labels))[:4000]):
+        try:
+            evaluate.open_image(sources[i])
+            chosen.append(i)
+        except UserError as error:
+            warn_once(f"left out of the {name}: {error}")
     identity = labels[chosen]
     first, second = np.triu_indices(len(chosen), 1)
     same = identity[first] == identity[second]
