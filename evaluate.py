@@ -9,7 +9,6 @@ last, in section 6.
 """
 
 import argparse
-import codecs
 import contextlib
 import ctypes
 import functools
@@ -21,7 +20,6 @@ import pickle
 import re
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
@@ -92,35 +90,36 @@ def split_gallery(identity):
     """The first image of each person as the gallery, the others as one group of probes."""
     _, gallery = np.unique(identity, return_index=True)
     others = np.setdiff1d(np.arange(len(identity)), gallery)
-    if len(others) == 0:
-        return gallery, {}
     return gallery, {"all": others}
 
 
 def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     """LFW: pairs.txt lists the pairs, and `root`/Name/Name_0001.jpg are the aligned images.
 
-    Where there is no pairs.txt, a pairs.csv as on Kaggle is read.
+    Where there is no pairs.txt, a pairs.csv as on Kaggle is read. The first line may be a header.
     """
     path = Path(root, pairs_file)
     if not path.exists() and path.with_suffix(".csv").exists():
         path = path.with_suffix(".csv")
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not text in UTF-8: save it as that") from None
+    lines = path.read_text("utf-8-sig", errors="replace").splitlines()
+    separator = "," if path.suffix == ".csv" else None  # None: spaces
     place_of, pairs = {}, []  # place_of: image -> its place among the sources
     for line_number, line in enumerate(lines, 1):
-        fields = split_line(line, path.suffix)
-        if not fields or (line_number == 1 and not any(map(str.isdecimal, fields[2:]))):
-            continue  # the first line may be a header
+        # Beside tabs, spaces are part of a name.
+        fields = line.split("\t" if "\t" in line else separator)
+        fields = [field.strip() for field in fields if field.strip()]
+        if len(fields) == 3:  # name i j: two images of one person
+            fields.insert(2, fields[0])
         try:
-            person, i, other, j = parse_pair(fields)
+            person, i, other, j = fields
+            image = find_face(root, person, int(i))
+            other_image = find_face(root, other, int(j))
         except ValueError:
+            no_numbers = not any(map(str.isdecimal, fields[2:]))
+            if not fields or (line_number == 1 and no_numbers):
+                continue  # an empty line, or a header
             text = f"expected 'name i j' or 'name i name j', i and j numbers, in {line[:80]!r}"
             raise UserError(f"{path}, line {line_number}: {text}") from None
-        image = find_face(root, person, i)
-        other_image = find_face(root, other, j)
         first = place_of.setdefault(image, len(place_of))
         second = place_of.setdefault(other_image, len(place_of))
         pairs.append((first, second, person == other))
@@ -131,24 +130,6 @@ def read_lfw(root, name="LFW", pairs_file="pairs.txt", thresholds=401):
     pairs = Pairs(first, second, genuine.astype(bool))
     gallery, probes = split_gallery(identity)
     return Benchmark(name, list(place_of), pairs, identity, gallery, probes, thresholds)
-
-
-def split_line(line, ending):
-    """The fields of a line of pairs.txt, between tabs or spaces, or of pairs.csv."""
-    separator = "\t" if "\t" in line else None
-    if ending == ".csv":
-        separator = ","
-    fields = [entry.strip() for entry in line.split(separator)]
-    return [entry for entry in fields if entry]
-
-
-def parse_pair(fields):
-    """A line of pairs.txt -> a person, the number of an image, a person, the number of an image."""
-    if len(fields) == 3:  # name i j: two images of one person
-        person, i, j = fields
-        fields = [person, i, person, j]
-    person, i, other, j = fields
-    return person, int(i), other, int(j)
 
 
 def find_face(root, person, number):
@@ -169,13 +150,19 @@ def read_xqlfw(root):
 
 
 class PickledArray:
-    """Whatever of numpy a pickle holds: keeps what it would be made from, and makes nothing."""
+    """Whatever of numpy a pickle holds: keeps its bytes or its list, and makes nothing of them.
+
+    An array is pickled as a call that makes an empty one, and its state: shape, type, bytes or
+    list. (numpy itself takes addresses of memory from there, and so can be made to run code.)
+    """
 
     def __init__(self, *parts):
-        self.parts = parts
+        self.__setstate__(parts)
 
     def __setstate__(self, parts):
-        self.parts = parts
+        for part in parts:
+            if isinstance(part, (bytes, bytearray, list)):
+                self.content = part  # the other parts are shape and type
 
 
 class BinUnpickler(pickle.Unpickler):
@@ -185,16 +172,13 @@ class BinUnpickler(pickle.Unpickler):
         if module.partition(".")[0] == "numpy":
             return PickledArray
         if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def content(value):
+def content_of(value):
     """The bytes of a pickled array, or its list of Python objects; other values as they are."""
-    if not isinstance(value, PickledArray):
-        return value
-    (data,) = [part for part in value.parts if isinstance(part, (bytes, bytearray, list))]
-    return data  # its other parts are shape and type
+    return getattr(value, "content", value)
 
 
 def read_bin(path):
@@ -205,12 +189,12 @@ def read_bin(path):
     with open(path, "rb") as file:
         try:
             images, labels = BinUnpickler(file, encoding="bytes").load()  # also of Python 2
-            images = [bytes(memoryview(content(image))) for image in content(images)]
-            labels = content(labels)
+            images = [bytes(memoryview(content_of(image))) for image in content_of(images)]
+            labels = content_of(labels)
             if not isinstance(labels, list):  # bytes of booleans or integers, one a pair
-                size = len(labels) // (len(images) // 2)
-                labels = np.frombuffer(labels, f"<i{size}").tolist()  # i4: integers of 4 bytes
-            labels = [content(label) for label in labels]
+                bytes_each = len(labels) // (len(images) // 2)
+                labels = np.frombuffer(labels, f"<i{bytes_each}").tolist()
+            labels = [content_of(label) for label in labels]
         except Exception as error:  # of a dozen kinds, for damaged files
             text = "not a verification set, as pickle.dump((files, same)) makes it"
             raise UserError(f"{path}: {text} ({error})") from None
@@ -237,29 +221,26 @@ def read_scface(root):
     found, others = {}, []
     for path in images_below(root):
         name = Path(path).stem.lower()
-        if re.fullmatch(r"\d{3}_(frontal|cam[1-5]_[123])", name):
-            if name in found:
-                raise UserError(f"which one is {name}: {found[name]} or {path}? Move one away")
-            found[name] = path
-        elif not re.fullmatch(r"\d{3}_(cam[678].*|[lr]\d.*)", name):
+        if not re.fullmatch(r"\d{3}_(frontal|cam[1-5]_[123])", name):
             others.append(path)
-    form = "expected names such as 001_frontal.jpg and 001_cam1_2.jpg (subject, camera, distance)"
+        elif name in found:
+            raise UserError(f"which one is {name}: {found[name]} or {path}? Move one away")
+        else:
+            found[name] = path
     if not found:
-        raise UserError(f"{root}: no images of SCface: {form}")
+        form = "names such as 001_frontal.jpg and 001_cam1_2.jpg (subject, camera, distance)"
+        raise UserError(f"{root}: no images of SCface: expected {form}")
     if others:
-        warn_once(f"SCface: {len(others)} images are passed over, such as {others[0]}: {form}")
+        warn_once(f"SCface: {len(others)} images are no part of it, by name, such as {others[0]}")
 
-    identity, groups = [], {"frontal": [], "1": [], "2": [], "3": []}
-    for i, name in enumerate(found):
-        identity.append(int(name[:3]))
-        _, _, group = name.rpartition("_")
-        groups[group].append(i)
-    identity = np.array(identity)
-    gallery = np.array(groups.pop("frontal"), int)
-    probes = {f"d{distance}": np.array(group) for distance, group in groups.items() if group}
+    identity = np.array([int(name[:3]) for name in found])
+    kinds = np.array([name.rpartition("_")[2] for name in found])
+    gallery = np.flatnonzero(kinds == "frontal")
+    probes = {}
+    for distance in np.setdiff1d(kinds, "frontal"):
+        probes[f"d{distance}"] = np.flatnonzero(kinds == distance)
     name = f"SCface, {len(gallery)} subjects"
-    sources = list(found.values())
-    return Benchmark(name, sources, identity=identity, gallery=gallery, probes=probes)
+    return Benchmark(name, list(found.values()), None, identity, gallery, probes)
 
 
 def read_tinyface(root):
@@ -267,30 +248,20 @@ def read_tinyface(root):
 
     Probes without a mate in the gallery count as misses. (AdaFace's code leaves them out.)
     """
-    if Path(root, "Testing_Set").is_dir():
-        root = Path(root, "Testing_Set")
-    form = "expected names such as 12_3.jpg, image 3 of person 12"
-    parts = []
-    for folder in ("Probe", "Gallery_Match", "Gallery_Distractor"):
-        if not Path(root, folder).is_dir():
-            raise UserError(f"{root}: expected Testing_Set in it, with a folder {folder}")
-        parts.append(images_below(Path(root, folder)))
-    probes, mates, distractors = parts
-    if not (probes and mates):
-        raise UserError(f"{root}: no images in Probe or in Gallery_Match: {form}")
-    people = []
-    for path in probes + mates:
-        person, separator, _ = Path(path).name.partition("_")
-        if not (person.isdigit() and separator):
-            raise UserError(f"{path}: {form}")
-        people.append(person)
-    _, identity = np.unique(people, return_inverse=True)
-    identity = np.append(identity, np.full(len(distractors), -1))
-    gallery = np.arange(len(probes), len(identity))
-    name = f"TinyFace, {len(distractors)} distractors"
+    probes = images_below(Path(root, "Testing_Set", "Probe"))
+    mates = images_below(Path(root, "Testing_Set", "Gallery_Match"))
+    distractors = images_below(Path(root, "Testing_Set", "Gallery_Distractor"))
     sources = probes + mates + distractors
+    identity = np.full(len(sources), -1)  # the distractors are nobody's
+    for i, path in enumerate(probes + mates):
+        person, separator, _ = Path(path).name.partition("_")
+        if not (person.isdecimal() and separator):
+            raise UserError(f"{path}: expected names such as 12_3.jpg, image 3 of person 12")
+        identity[i] = int(person)
+    gallery = np.arange(len(probes), len(sources))
+    name = f"TinyFace, {len(distractors)} distractors"
     probes = {"all": np.arange(len(probes))}
-    return Benchmark(name, sources, identity=identity, gallery=gallery, probes=probes)
+    return Benchmark(name, sources, None, identity, gallery, probes)
 
 
 # Option of the command line, without hyphens -> its reader, and what it reads.
@@ -339,7 +310,7 @@ def roc_curve(scores, genuine):
     impostor = np.sort(scores[~genuine])[::-1]
     if len(impostor) < 1000:  # FAR 1e-3 would be less than one pair
         return None
-    # At most k impostors lie above the one at place k.
+    # At most k impostors lie above the one at place k, counted from 0; all lie above -inf.
     allowed = (FARS * len(impostor)).astype(int)
     thresholds = np.append(impostor, -np.inf)[allowed]
     accepted = scores[genuine] > thresholds[:, None]  # (rates, genuine pairs)
@@ -362,7 +333,7 @@ def identify(gallery, gallery_identity, probes, probe_identity):
         best = cosines.masked_fill(~mates, -2).amax(1, keepdim=True)  # -2: below every cosine
         strangers = (cosines >= best) & ~mates  # who come first
         rank = 1 + strangers.sum(1, keepdim=True)
-        rank = rank[mates.any(1)]
+        rank = rank[mates.any(1)]  # else probes without a mate would hit in a small gallery
         hit = rank <= torch.arange(1, 51)
         hits += hit.sum(0)
     return (hits / len(probes)).tolist()
@@ -410,7 +381,8 @@ def embed_sources(backbones, title, sources, resolutions, settings, degrade=lrfr
         now = time.monotonic()
         if now - shown > 5:
             shown = now
-            left = timedelta(seconds=int((len(sources) - done) * (now - begin) / done))
+            seconds = (len(sources) - done) * (now - begin) / done
+            left = timedelta(seconds=int(seconds))
             print(f"{title}: {done:,} of {len(sources):,} images, {left} left", file=sys.stderr)
     return {key: torch.cat(embeddings) for key, embeddings in parts.items()}
 
@@ -424,7 +396,7 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
     """
     if benchmark.pairs is None:
         resolutions = [SIZE]
-    every_px = sorted({*resolutions, SIZE})
+    every_px = sorted({*resolutions, SIZE})  # the sharp ones are for "cross"
     title, sources = benchmark.name, benchmark.sources
     try:
         embeddings = embed_sources(backbones, title, sources, every_px, settings, degrade)
@@ -433,7 +405,8 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
     dtype = str(precision(settings.device, settings.amp)).removeprefix("torch.")
     rows = []
     for px, name in itertools.product(resolutions, backbones):
-        sharp, degraded = embeddings[name, SIZE], embeddings[name, px]  # (n, D) each
+        sharp = embeddings[name, SIZE]  # (n, D)
+        degraded = embeddings[name, px]
         row = {"set": title, "checkpoint": name, "px": px}
         row["flip"] = settings.flip
         row["precision"] = dtype
@@ -534,12 +507,9 @@ def table(rows):
     if "pairs" in first:
         text += f"{first['pairs']} pairs; std: of the accuracy over ten folds; TAR: at FAR 1e-3; "
         text += "threshold: the cosine from which to accept, for the best accuracy\n"
-    widths = []
-    for column in zip(*cells):
-        widths.append(max(map(len, column)))
-    for line in cells:
-        padded = [entry.rjust(width) for entry, width in zip(line, widths)]
-        text += "  ".join(padded) + "\n"
+    widths = np.char.str_len(cells).max(axis=0)  # of the columns
+    for line in np.char.rjust(cells, widths):
+        text += "  ".join(line) + "\n"
     return text
 
 
@@ -557,8 +527,8 @@ def plot(folder, rows):
         name = name.replace("$", r"\$")  # which matplotlib takes for mathematics
         for kind in ("both", "cross"):
             if f"{kind}_accuracy" in own[0]:
-                points = sorted((row["px"], row[f"{kind}_accuracy"]) for row in own)
-                px, shares = zip(*points)
+                px = [row["px"] for row in own]
+                shares = [row[f"{kind}_accuracy"] for row in own]
                 accuracy.plot(px, shares, marker="o", label=f"{name}, {kind}")
         for row in own:
             label = f"{name}, {row['px']} px"
@@ -598,15 +568,13 @@ def parse_arguments(argv):
     add("--plots", metavar="DIR", help="draw accuracy, ROC and CMC here; needs matplotlib")
     add_device_options(parser)
     args = parser.parse_args(argv)
-    args.resolutions = list(dict.fromkeys(args.resolutions))  # each of them once
+    args.resolutions = sorted(set(args.resolutions))
     if args.json and (not args.json.endswith(".json") or os.path.isdir(args.json)):
         parser.error(f"--json {args.json}: not the name of a file that ends in .json")
     if args.plots and not find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is optional: pip install matplotlib")
     sets = [getattr(args, option) for option in BENCHMARKS]
-    if len(args.match) == 1:
-        parser.error("--match takes two images or more")
-    if not (args.match or any(sets)):
+    if len(args.match) == 1 or not (args.match or any(sets)):
         parser.error("nothing to do: give --lfw or another benchmark, or --match A B")
     return args
 
@@ -674,8 +642,6 @@ class UserError(Exception):
 def one_line(error):
     """The message of an exception; of one in a DataLoader's process, without its traceback."""
     text = str(error) or repr(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
     if "Traceback" in text:
         last = text.strip().splitlines()[-1]
         text = last.partition(": ")[2] or text
@@ -714,7 +680,7 @@ def new_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError):  # torch.save puts an error of its own upon it
+        if not isinstance(error, OSError):  # torch.save puts a RuntimeError upon it
             error = error.__context__
         if not isinstance(error, OSError):
             raise
@@ -728,33 +694,24 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pg
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # not EPS, which runs Ghostscript
 
 
-def open_image(source):
-    """Reads a path, or the bytes of an image file -> an RGB image of Pillow's, upright.
+def read_face(source):
+    """Reads a path, or the bytes of an image file -> (112, 112, 3) uint8 RGB, upright.
 
     UserError if it is not a readable image of 8-bit pixels.
     """
-    name, file = source, source
+    name = file = source
     if isinstance(source, bytes):
-        name, file = f"an image of {len(source)} bytes", io.BytesIO(source)
+        name = f"an image of {len(source)} bytes"
+        file = io.BytesIO(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's, which name no file
-            image = Image.open(file, formats=FORMATS)
-            mode = image.mode
-            image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: far too large for a face: crop and align it") from None
+        image = Image.open(file, formats=FORMATS)
+        mode = image.mode
+        image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store faces sideways
     except Exception as error:  # of a dozen kinds, for damaged files
-        reason = getattr(error, "strerror", None) or "damaged, or of another format"
+        reason = getattr(error, "strerror", None) or "damaged, far too large, or of another format"
         raise UserError(f"{name}: not a readable image: {reason}") from None
     if mode.startswith(("I", "F")):  # convert would have made them black or white
         raise UserError(f"{name}: pixels of mode {mode}, not 8-bit: save it as 8-bit RGB or grey")
-    return image
-
-
-def read_face(source):
-    """Reads a path, or the bytes of an image file -> (112, 112, 3) uint8 RGB."""
-    image = open_image(source)
     if image.size != (SIZE, SIZE):
         warn_once("images that are not 112 x 112 are resized: they should be aligned faces")
     return np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -767,19 +724,19 @@ def read_images(sources):
     return pixels.permute(0, 3, 1, 2)
 
 
-def is_hidden(name):
-    """Whether a file or folder is a by-product of other programs, such as .ipynb_checkpoints."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
-
-
 def images_below(root):
-    """Paths of the images in a folder, however deep, sorted folder by folder."""
+    """Paths of the images in a folder, however deep, sorted folder by folder.
+
+    Hidden files and folders are passed over, and those of Synology's disks, such as @eaDir.
+    """
     paths = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "@")))
         for name in sorted(files):
-            if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
+            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("."):
                 paths.append(os.path.join(folder, name))
+    if not paths:
+        raise UserError(f"{root}: no such folder, or no images in it")
     return paths
 
 
@@ -801,13 +758,11 @@ def use_device(device):
 
 def keep_memory():
     """Tells glibc to keep freed memory, which makes a CPU up to 1.8 times as fast."""
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than in glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow in large steps
-    except (OSError, AttributeError, TypeError):
-        pass  # not glibc
 
 
 def precision(device, amp):

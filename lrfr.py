@@ -102,7 +102,8 @@ def photograph(images: Tensor, px: int | Tensor) -> Tensor:
                    Real-ESRGAN: up to 0.75)
     sensor         a pixel is the average of the light on its area (Real-ESRGAN: "area")
     exposure       0.7 to 1.3 times the light (GFPGAN: 0.5 to 1.5)
-    white balance  red and blue 0.9 to 1.1 times (Brooks et al.: gains within 12 % of the middle)
+    white balance  what it leaves of coloured light: red and blue 0.9 to 1.1 times (Brooks et al.:
+                   gains within 12 % of the middle)
     noise          Gaussian: of the light, white being 100 to 3,200 photons, evenly in the logarithm
                    (BSRGAN: 100 to 10,000); of the electronics, standard deviation 0 to 12 of 255
                    (BSRGAN: 2 to 25, Real-ESRGAN: 1 to 30); then clipped, as by the sensor
@@ -124,7 +125,7 @@ def take_picture(scene, size):
     row_weights = lens_and_sensor(sigma, height, size[0])  # (N, 1, h, H)
     column_weights = lens_and_sensor(sigma, width, size[1])  # (N, 1, w, W)
     on_sensor = row_weights @ scene @ column_weights.mT  # (N, 3, h, w)
-    light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white, whatever is rounded
+    light = ((on_sensor + 1) / 2).clamp(0, 1)  # 0: black, 1: white, however it was rounded
     light = light * draw(scene, 0.7, 1.3)
     red = draw(scene, 0.9, 1.1)
     blue = draw(scene, 0.9, 1.1)
@@ -152,7 +153,7 @@ def lens_and_sensor(sigma, length, pixels):
     return F.interpolate(blur, (pixels, length), mode="area")
 
 
-# Rows: light (Y), blue (Cb) and red (Cr), as JPEG makes them of red, green and blue.
+# Rows: brightness (Y), blueness (Cb), redness (Cr), as JPEG makes them of red, green and blue.
 TO_YCBCR = torch.tensor(
     [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]],
     device="cpu",
@@ -163,7 +164,7 @@ TO_RGB = torch.linalg.inv(TO_YCBCR)
 def compress(images):
     """What JPEG leaves of images (N, 3, h, w) in [-1, 1].
 
-    In blocks of 8 x 8 pixels, it writes light and colour as sums of waves (discrete cosine
+    In blocks of 8 x 8 pixels, it writes brightness and colour as sums of waves (discrete cosine
     transform), and rounds how much of each wave there is: of colour and of short waves more
     coarsely. (Here the steps grow evenly, where JPEG has tables, and colour keeps its resolution,
     where most cameras halve it.)
@@ -180,9 +181,9 @@ def compress(images):
     waves[0] /= math.sqrt(2)  # so that they are orthonormal
     amounts = waves @ blocks @ waves.T
 
-    steps = (10 + 6 * (k + n)) / 127.5  # roughly JPEG's for quality 50; of 255, where we have 2
+    steps = (10 + 6 * (k + k.T)) / 127.5  # roughly JPEG's for quality 50; of 255, where we have 2
     steps = steps * draw(images, 0.1, 1.7)  # 0.1: quality 95, 1.7: quality 30
-    steps = torch.cat([steps, 2 * steps, 2 * steps], 1)  # (N, 3, 8, 8): light, colour, colour
+    steps = torch.cat([steps, 2 * steps, 2 * steps], 1)  # (N, 3, 8, 8): brightness, colour, colour
     steps = steps[:, :, None, None]  # the same for all blocks
     amounts = (amounts / steps).round() * steps
 

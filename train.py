@@ -14,7 +14,6 @@ import json
 import math
 import os
 import struct
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,27 +25,19 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.utils import save_image
 
 import evaluate
 import lrfr
-from evaluate import SIZE, UserError, warn_once
+from evaluate import SIZE, UserError, number, warn_once
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes torchrun has started
 RANK = int(os.environ.get("RANK", "0"))  # which of them this one is
 
 # ---- 1. Options ----------------------------------------------------------------------------------
 
-DEMO = {
-    "backbone": "r10",
-    "width": 16,
-    "scale": 32.0,
-    "margin": 0.3,
-    "epochs": 3,
-    "batch_size": 64,
-    "lr": 0.1,
-}
+DEMO = "--backbone r10 --width 16 --scale 32 --margin 0.3 --epochs 3 --batch-size 64 --lr 0.1"
 
 # --loss -> the distance.
 DISTANCES = {"logexp": lrfr.logexp_loss, "l1": lrfr.l1_loss, "l2": lrfr.l2_loss, "none": None}
@@ -55,16 +46,13 @@ DISTANCES = {"logexp": lrfr.logexp_loss, "l1": lrfr.l1_loss, "l2": lrfr.l2_loss,
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
+        epilog=f"The demo has other defaults: {DEMO}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.epilog = "The demo has other defaults:"
-    for name, value in DEMO.items():
-        parser.epilog += f" --{name.replace('_', '-')} {value}"
 
     def add(name, default, text, kind=None, **options):
         parser.add_argument(name, default=default, help=text, type=kind, **options)
 
-    number = evaluate.number
     add("--data", "demo", "folder of identity/image.jpg, or of train.rec; demo: drawn faces")
     add("--maug", "1:1:2", "ratio of the resolutions; none: no degraded faces")
     pixels = number(int, 2, SIZE)
@@ -96,7 +84,8 @@ def parse_arguments(argv):
     evaluate.add_device_options(parser)
     args = parser.parse_args(argv)
     if args.data == "demo":  # once more, with its defaults
-        parser.set_defaults(**DEMO)
+        demo = parser.parse_args(DEMO.split())
+        parser.set_defaults(**vars(demo))
         args = parser.parse_args(argv)
     if args.maug == "none" and (args.loss != "none" or args.camera > 0):
         parser.error("--maug none leaves no degraded faces: add --loss none, without --camera")
@@ -104,17 +93,18 @@ def parse_arguments(argv):
         parser.error("--p is the exponent of --loss logexp")
     if args.weight is not None and args.loss == "none":
         parser.error("--weight is that of a distance: --loss none has none")
-    if args.holdout is not None and args.data == "demo":
-        parser.error("--holdout is for image folders; the demo has people of its own for its table")
+    records = Path(args.data, "train.rec").exists()
+    if args.holdout and (records or args.data == "demo"):
+        parser.error("--holdout is for image folders (beside a train.rec, put .bin sets)")
     try:
-        make_maug(args)
+        make_maug(args)  # for its checks
     except ValueError as error:
         parser.error(f"--maug, --resolutions: {error}")
     if args.out is None:
         data = os.path.basename(os.path.realpath(args.data))
         ratio = args.maug.replace(":", "_")
         args.out = f"runs/{data}-{args.backbone}-{ratio}-{args.loss}"
-        for name in ("p", "weight", "camera", "lr"):
+        for name in ("p", "weight", "camera", "lr"):  # what one sweeps; the rest needs an --out
             value = getattr(args, name)
             if value != parser.get_default(name):
                 args.out += f"-{name}{value:g}"
@@ -130,7 +120,7 @@ def make_maug(args):
 
 def learning_rate(step, steps, peak):
     """Up linearly for the first twentieth of the steps, then linearly down to zero."""
-    rise_steps = math.ceil(steps / 20)
+    rise_steps = math.ceil(steps / 20)  # 1 at least
     fall_steps = steps - steps // 20
     share = min((step + 1) / rise_steps, (steps - step) / fall_steps)
     return peak * share
@@ -165,15 +155,21 @@ def train(run):
     per_epoch = len(run.faces) // per_step
     steps = per_epoch * args.epochs
     to_do = range(run.step, steps)
-    order = batches(len(run.faces), args.batch_size, args.seed, to_do)
+    sampler = batches(len(run.faces), args.batch_size, args.seed, to_do)
     on_gpu = args.device.type == "cuda"
-    loader = DataLoader(run.faces, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
+    loader = DataLoader(
+        run.faces,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        pin_memory=on_gpu,
+    )
     begin, started = run.step, time.monotonic()
     reported = started
     for images, labels in loader:
         # What is drawn depends on seed, step and rank alone: a resumed run draws the same.
         torch.manual_seed(args.seed * 1_000_003 + run.step + RANK * 7_919_000_003)
-        optimiser.param_groups[0]["lr"] = learning_rate(run.step, steps, args.lr)
+        lr = learning_rate(run.step, steps, args.lr)
+        optimiser.param_groups[0]["lr"] = lr
         images = images.to(args.device, non_blocking=True).permute(0, 3, 1, 2)
         labels = labels.to(args.device, non_blocking=True)
         images = lrfr.to_input(images, args.device)
@@ -182,7 +178,7 @@ def train(run):
             loss, parts = network(images, labels)  # degrades, embeds, classifies: LRFR.forward
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(model.backbone.parameters(), 5.0)  # as InsightFace does
         scaler.step(optimiser)
         scaler.update()
         optimiser.zero_grad()
@@ -190,29 +186,26 @@ def train(run):
 
         epoch_ends = run.step % per_epoch == 0
         saves = epoch_ends or run.step % args.save_every == 0
-        # The first five steps tell how long the run will take.
-        if saves or run.step == begin + 5 or time.monotonic() - reported > 10:
-            losses = {"loss": loss.item()}  # here the CPU waits for a GPU
-            for name, value in parts.items():
-                losses[name] = value.item()
-            reported = time.monotonic()  # now
+        if saves or time.monotonic() - reported > 10:
+            if not loss.isfinite():  # here the CPU waits for a GPU
+                raise UserError(f"loss {loss} at step {run.step}: give a lower --lr, a new --out")
+            reported = time.monotonic()
             seconds = (reported - started) / (run.step - begin)
             left = timedelta(seconds=int((steps - run.step) * seconds))
             rate = per_step / max(seconds, 1e-9)
             epoch = math.ceil(run.step / per_epoch)
-            if not loss.isfinite():
-                raise UserError(f"loss {loss} at step {run.step}: give a lower --lr, a new --out")
+            entry = {"step": run.step, "lr": lr, "faces_per_s": rate}
             text = f"epoch {epoch}/{args.epochs}  step {run.step:,}/{steps:,}"
-            for name, value in losses.items():
+            for name, value in {"loss": loss, **parts}.items():
+                entry[name] = value.item()
                 text += f"  {name} {value:.3g}"
             text += f"  {rate:.0f} faces/s  {left} left"
-            lr = optimiser.param_groups[0]["lr"]
-            report(args, text, {"step": run.step, **losses, "lr": lr, "faces_per_s": rate})
+            report(args, text, entry)
         if saves:
             save_last(run)
-        if epoch_ends and run.faces.evaluated_each_epoch and run.step < steps:
+        if epoch_ends and isinstance(run.faces, RecordFaces) and run.step < steps:
             before = time.monotonic()
-            run_benchmarks(run)
+            run_benchmarks(run)  # the .bin sets
             started += time.monotonic() - before  # evaluation does not count in faces/s
     run_benchmarks(run)
 
@@ -236,32 +229,23 @@ def run_benchmarks(run):
         named = {args.out: backbone}
         try:
             rows = evaluate.evaluate(named, benchmark, evaluate.RESOLUTIONS, settings)
+            report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
         except UserError as error:
             warn_once(f"not evaluated at step {run.step:,}: {error}")
-        else:
-            report(args, evaluate.table(rows), {"step": run.step, "evaluation": rows})
     backbone.train()
 
 
 # ---- 3. Beginning and going on -------------------------------------------------------------------
 
 
-def join_processes():
-    """Joins the processes that torchrun has started, if there are several."""
-    if RANKS > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # The others wait while the first one evaluates.
-        distributed.init_process_group(backend, timeout=timedelta(hours=3))
-
-
 def prepare(argv):
-    """Makes a Run of the options. What cannot work is refused here, the cheap checks first."""
+    """Makes a Run of the options. What cannot work is refused here."""
     args = parse_arguments(argv)
     check_folders(args)
     choose_device(args)
     args.processes = RANKS
     state = read_last(args)
-    if state is not None and args.init is None:  # not given again
+    if state is not None and args.init is None:  # not given again: for the record in last.pt
         args.init = state["args"].get("init")
     torch.manual_seed(args.seed)
     backbone = make_backbone(args, state)
@@ -271,12 +255,12 @@ def prepare(argv):
         distance = functools.partial(lrfr.logexp_loss, p=args.p)
     if args.weight is None and distance is not None:
         args.weight = default_weight(distance, embed_dim)
-    if state is not None:
-        check_same(args, state)  # the options; further down the data as well
     faces, benchmarks = open_data(args)
     args.images = len(faces)
     args.classes = faces.classes
     args.fingerprint = faces.fingerprint
+    if state is not None:
+        check_same(args, state)
     maug = make_maug(args)
     head = lrfr.ArcFace(args.classes, embed_dim, args.scale, args.margin)
     pull_both = args.pull == "both"
@@ -285,6 +269,7 @@ def prepare(argv):
     on_gpu = args.device.type == "cuda"
     optimiser = torch.optim.SGD(
         model.parameters(),
+        args.lr,
         momentum=0.9,
         nesterov=True,
         weight_decay=5e-4,
@@ -294,11 +279,11 @@ def prepare(argv):
     scaler = torch.amp.GradScaler(args.device.type, enabled=fp16)
     run = Run(args, faces, benchmarks, model, optimiser, scaler)
     if state is not None:
-        check_same(args, state)
-        for name, part in parts_of(run).items():
-            if name != "scaler" or state[name]:  # the scaler has a state in float16 only
-                part.load_state_dict(state[name])
+        head.load_state_dict(state["head"])
+        optimiser.load_state_dict(state["optimiser"])
         optimiser.param_groups[0]["fused"] = on_gpu  # whatever device the checkpoint was made on
+        if state["scaler"]:  # in float16 only
+            scaler.load_state_dict(state["scaler"])
         run.step = state["step"]
     steps = args.images // (args.batch_size * RANKS) * args.epochs
     if run.step > steps:
@@ -308,7 +293,7 @@ def prepare(argv):
 
 
 def check_folders(args):
-    """Checks --data and --out, and gives --data and --init one name, however they were spelled."""
+    """Checks --data and --out, and gives --data one name, however it was spelled."""
     if args.data != "demo":
         if not os.path.isdir(args.data):
             text = "no such folder, of identity/image.jpg or train.rec (InsightFace's Dataset-Zoo)"
@@ -316,8 +301,6 @@ def check_folders(args):
         args.data = os.path.realpath(args.data)
         if Path(args.out).resolve().is_relative_to(args.data):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
-    if args.init is not None:
-        args.init = os.path.realpath(args.init)
     os.makedirs(args.out, exist_ok=True)
 
 
@@ -334,7 +317,7 @@ def choose_device(args):
 
 def make_backbone(args, state):
     """A backbone of the checkpoint's depth and width, that of --init, or a new one."""
-    if state is not None:
+    if state is not None:  # whose shape may be that of an --init, not of --backbone and --width
         backbone = evaluate.load_backbone(Path(args.out, "last.pt"))
     elif args.init is not None:
         backbone = evaluate.load_backbone(args.init)
@@ -357,14 +340,11 @@ def default_weight(distance, embed_dim):
 def pull_of(distance, embed_dim):
     """The norm of a distance's gradient for unit embeddings at a cosine of one half."""
     generator = torch.Generator().manual_seed(0)
-    x, other = torch.randn(2, 64, embed_dim, dtype=torch.float64, generator=generator)
-    x = F.normalize(x)
-    along = (other * x).sum(1, keepdim=True) * x
-    across = F.normalize(other - along)
-    y = (x + math.sqrt(3) * across) / 2  # at 60 degrees from x
-    x.requires_grad_()
-    distance(x, y).backward()
-    return x.grad.norm().item()
+    d = torch.randn(128, embed_dim, dtype=torch.float64, generator=generator)
+    d = F.normalize(d)  # of length 1, as the difference of two unit vectors at 60 degrees
+    d.requires_grad_()
+    distance(d, torch.zeros_like(d)).backward()
+    return d.grad.norm().item()
 
 
 def read_last(args):
@@ -386,12 +366,15 @@ def read_last(args):
 
 
 def check_same(args, state):
-    """Refuses to go on with other options or data than the checkpoint's, wherever the data lies."""
+    """Refuses to go on with other options or data than the checkpoint's, wherever the data lies.
+
+    Compares all that prepare has put on args as well, such as the number of processes.
+    """
     may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
     for key, old in state["args"].items():
-        new = getattr(args, key, old)  # what is of the data is not known at first
-        if key == "init" and old and new and Path(new).name == Path(old).name:
-            continue  # the same file, elsewhere
+        new = getattr(args, key, old)
+        if key == "init" and old and new:  # the same file may lie elsewhere
+            old, new = Path(old).name, Path(new).name
         if key not in may_change and new not in (None, old):  # None: not given
             what = f"{key} {old}, not {new}"
             if key == "fingerprint":
@@ -409,22 +392,17 @@ def check_alike(run):
         raise UserError(text)
 
 
-def parts_of(run):
-    """What a checkpoint holds, beside numbers and options."""
-    return {
-        "backbone": run.model.backbone,
-        "head": run.model.head,
-        "optimiser": run.optimiser,
-        "scaler": run.scaler,
-    }
-
-
 def save_last(run):
     """Writes the run's checkpoint, in the first process."""
     if RANK == 0:
-        state = {"step": run.step, "args": vars(run.args)}
-        for name, part in parts_of(run).items():
-            state[name] = part.state_dict()
+        state = {
+            "step": run.step,
+            "args": vars(run.args),
+            "backbone": run.model.backbone.state_dict(),
+            "head": run.model.head.state_dict(),
+            "optimiser": run.optimiser.state_dict(),
+            "scaler": run.scaler.state_dict(),
+        }
         with evaluate.new_file(Path(run.args.out, "last.pt")) as file:
             torch.save(state, file)
 
@@ -435,16 +413,13 @@ def show_faces(run):
         return
     args = run.args
     places = np.linspace(0, len(run.faces) - 1, 8).astype(int)
-    chosen = [run.faces[i][0] for i in places]
-    pixels = torch.from_numpy(np.stack(chosen))
+    pixels, _ = default_collate([run.faces[i] for i in places])
     sharp = lrfr.to_input(pixels.permute(0, 3, 1, 2), "cpu")
     rows = [sharp]
     if args.maug != "none":
         for px in args.resolutions:
-            if args.camera < 1:
-                rows.append(lrfr.degrade(sharp, px))
-            if args.camera > 0:
-                rows.append(lrfr.photograph(sharp, px))
+            maug = lrfr.MAug([px], [1], args.camera)
+            rows.append(maug(sharp))
     picture = (torch.cat(rows) + 1) / 2
     with evaluate.new_file(Path(args.out, "faces.png")) as file:
         save_image(picture, file, "PNG", nrow=8, padding=0)
@@ -459,13 +434,12 @@ class Faces(Dataset):
     An image that cannot be read is named on stderr, and the next one is taken in its place.
     """
 
-    evaluated_each_epoch = False
-
-    def __init__(self, sources, labels, classes, fingerprint):
+    def __init__(self, sources, labels, classes, listing):
         self.sources = sources  # paths or bytes of image files
         self.labels = labels
         self.classes = classes
-        self.fingerprint = fingerprint  # of paths and labels, or of train.idx; not of pixels
+        # listing: the bytes of paths and labels, or of train.idx; pixels are not compared
+        self.fingerprint = hashlib.sha256(listing).hexdigest()[:16]
 
     def __len__(self):
         return len(self.sources)
@@ -497,53 +471,35 @@ def image_folder(root):
     return paths, np.array(labels, int)
 
 
-def hash_of(content):
-    return hashlib.sha256(content).hexdigest()[:16]
+MAGIC = bytes.fromhex("0a23d7ce")  # begins each record of an MXNet RecordIO file
 
 
-MAGIC = 0xCED7230A  # begins each record of an MXNet RecordIO file
-
-
-def read_head(file):
-    """The flag and the length of the record, or part of a record, that begins at the position."""
-    magic = int.from_bytes(file.read(4), "little")
-    word = int.from_bytes(file.read(4), "little")
-    if magic != MAGIC:
-        raise UserError(f"{file.name}: no whole record before byte {file.tell()}: is it cut short?")
-    flag = word >> 29
-    length = word & (2**29 - 1)
-    return flag, length
-
-
-def read_label(file, offset):
-    """The label of the record at a byte offset, and whether it holds an image (not read here)."""
-    file.seek(offset)
-    _, length = read_head(file)
-    # A count, a label and two ids; where the count is not 0, so many labels follow instead.
-    numbers = file.read(28).ljust(28, b"\0")
-    count, label, first = struct.unpack("<If16xf", numbers)
-    if count > 0:
-        label = first
-    return label, length > 24 + 4 * count
-
-
-def read_record(path, offset):
-    """The bytes of the image file in the record at a byte offset.
+def read_record(file, offset):
+    """The label, and the bytes of the image file, in the record at a byte offset.
 
     Where a payload holds the magic number itself, it was split into parts, flagged 1, 2 ... 2, 3,
     and the number left out. A whole payload has the flag 0.
     """
+    file.seek(offset)
     parts = []
     flag = 1  # as if more parts followed
-    with open(path, "rb") as file:  # opened anew, so that processes share no position in it
-        file.seek(offset)
-        while flag in (1, 2):
-            flag, length = read_head(file)
-            parts.append(file.read(length))
-            file.read(-length % 4)  # padding
-    payload = struct.pack("<I", MAGIC).join(parts)
-    count = int.from_bytes(payload[:4], "little")
-    return payload[24 + 4 * count :]
+    while flag in (1, 2):
+        magic = file.read(4)
+        if magic != MAGIC:
+            text = f"no whole record before byte {file.tell()}: is it cut short?"
+            raise UserError(f"{file.name}: {text}")
+        word = int.from_bytes(file.read(4), "little")
+        flag = word >> 29
+        length = word & (2**29 - 1)
+        parts.append(file.read(length))
+        file.read(-length % 4)  # padding
+    payload = MAGIC.join(parts)
+    # A count, a label and two ids; where the count is not 0, so many labels follow instead.
+    head = payload[:28].ljust(28, b"\0")  # without labels and image, it ends after 24 bytes
+    count, label, first = struct.unpack("<If16xf", head)
+    if count > 0:
+        label = first
+    return label, payload[24 + 4 * count :]
 
 
 class RecordFaces(Faces):
@@ -551,45 +507,39 @@ class RecordFaces(Faces):
 
     `sources` are byte offsets. In InsightFace's, record 0 is no image: its label is the first key
     behind the images, and the file `property` says how many identities there are, labelled from 0.
-    Where either is missing, the labels are read from all records, and renumbered from 0. (Above
+    Where either is missing, all records are read for their labels, and renumbered from 0. (Above
     2^24 keys, that float32 can be a few too high or too low; what is no image is then skipped.)
     """
-
-    evaluated_each_epoch = True  # on the .bin sets beside it
 
     def __init__(self, root):
         self.path = os.path.join(root, "train.rec")
         index = os.path.join(root, "train.idx")
         properties = Path(root, "property")
         try:
-            if os.path.getsize(index) == 0:
-                raise UserError("train.idx is empty")
             keys, offsets = np.loadtxt(index, np.int64, ndmin=2).T
             keys, places = np.unique(keys, return_index=True)  # sorted
             offsets = offsets[places]
-            with open(self.path, "rb", buffering=0) as file:  # 36 bytes of each record
-                end, has_image = read_label(file, offsets[0])
-                if not has_image:
-                    offsets = offsets[(keys > keys[0]) & (keys < end)]
-                if not has_image and properties.exists():
+            with open(self.path, "rb") as file:
+                end, image = read_record(file, offsets[0])
+                if not image:
+                    offsets = offsets[(keys > keys[0]) & (keys < end)]  # what holds an image
+                if not image and properties.exists():
                     classes, _, _ = properties.read_text().partition(",")
-                    labels = range(int(classes))  # the records have 0.0, 1.0 ...: equal keys
+                    labels = range(int(classes))  # as keys, 0 and the records' 0.0 are equal
                 else:
-                    labels = {read_label(file, offset)[0] for offset in offsets}
-        except (OSError, ValueError, IndexError, UserError) as error:
-            raise UserError(f"{index}, or a file beside it: {error}") from None
+                    labels = {read_record(file, offset)[0] for offset in offsets}
+        except ValueError as error:
+            raise UserError(f"{index}, or property beside it: {error}") from None
         self.number_of = {label: i for i, label in enumerate(sorted(labels))}
-        fingerprint = hash_of(Path(index).read_bytes())
-        super().__init__(offsets, None, len(self.number_of), fingerprint)
+        listing = Path(index).read_bytes()
+        super().__init__(offsets, None, len(self.number_of), listing)
 
     def load(self, i):
-        offset = int(self.sources[i])
-        with open(self.path, "rb") as file:
-            label, _ = read_label(file, offset)
+        with open(self.path, "rb") as file:  # opened anew, so that processes share no position
+            label, image = read_record(file, self.sources[i])
         if label not in self.number_of:
             raise UserError(f"{self.path}: label {label:g}, of {self.classes} identities")
-        image = evaluate.read_face(read_record(self.path, offset))
-        return image, self.number_of[label]
+        return evaluate.read_face(image), self.number_of[label]
 
 
 # The ellipses of a drawn face, from back to front: colour; x, y, half width, half height, in
@@ -652,7 +602,7 @@ def demo_faces(people, pictures, seed):
             file = io.BytesIO()
             draw_face(person, rng).save(file, "JPEG", quality=90)
             files.append(file.getvalue())
-    return Faces(files, np.arange(people).repeat(pictures), people, "demo")
+    return Faces(files, np.arange(people).repeat(pictures), people, b"demo")
 
 
 def open_data(args):
@@ -673,17 +623,13 @@ def open_data(args):
 
 
 def open_demo():
-    if RANK == 0:
-        print("drawing faces", file=sys.stderr, flush=True)
+    warn_once("drawing faces")
     faces = demo_faces(150, 16, seed=1)
     strangers = demo_faces(40, 10, seed=2)
     return faces, hold_out("people not seen in training", strangers.sources, strangers.labels)
 
 
 def open_records(args):
-    if args.holdout:
-        raise UserError("--holdout is for image folders; put .bin sets beside a train.rec")
-    args.holdout = 0
     benchmarks = []
     for path in sorted(Path(args.data).glob("*.bin")):
         try:
@@ -698,7 +644,7 @@ def open_folder(args):
     paths, labels = image_folder(args.data)
     identities = len(set(labels))
     if args.holdout is None:  # up to 5 %; of few identities none
-        args.holdout = min(100, identities // 40 * 2)  # even: one alone makes no impostor pairs
+        args.holdout = min(100, identities // 40 * 2)  # never 1, which makes no impostor pairs
     if args.holdout > max(0, identities - 2):
         raise UserError(f"--holdout {args.holdout}: of {identities} identities, two must be left")
     classes = identities - args.holdout
@@ -711,8 +657,7 @@ def open_folder(args):
     for path, label in zip(paths, labels):
         lines.append(f"{path.removeprefix(args.data)} {label}")
     listing = "\n".join(lines)
-    fingerprint = hash_of(listing.encode(errors="surrogateescape"))
-    return Faces(paths, labels, classes, fingerprint), benchmarks
+    return Faces(paths, labels, classes, os.fsencode(listing)), benchmarks
 
 
 def hold_out(name, sources, labels):
@@ -724,7 +669,7 @@ def hold_out(name, sources, labels):
     chosen = []
     for i in np.sort(rng.permutation(len(labels))[:4000]):
         try:
-            evaluate.open_image(sources[i])
+            evaluate.read_face(sources[i])  # only to see whether it can be read
             chosen.append(i)
         except UserError as error:
             warn_once(f"left out of the {name}: {error}")
@@ -785,7 +730,7 @@ def batches(count, batch_size, seed, steps):
     per_step = batch_size * RANKS
     for step in steps:
         epoch, i = divmod(step, count // per_step)
-        if i == 0 or step == steps[0]:
+        if i == 0 or step == steps[0]:  # in the middle of an epoch, if the run goes on
             order = np.random.default_rng([seed, epoch]).permutation(count)
         together = order[i * per_step : (i + 1) * per_step]
         yield together[RANK::RANKS].tolist()
@@ -795,21 +740,19 @@ def batches(count, batch_size, seed, steps):
 
 
 def main(argv=None):
-    join_processes()
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # The others wait while the first one evaluates.
+        distributed.init_process_group(backend, timeout=timedelta(hours=3))
     run = prepare(argv)
     if RANKS > 1:
         check_alike(run)
-    if run.step == 0:
-        save_last(run)  # a full disk is noticed now
+    save_last(run)  # a full disk is noticed now
     show_faces(run)
     args = run.args
     text = f"{args.images:,} images of {args.classes:,} identities"
-    text += f", {args.batch_size * RANKS} in a step; loss {args.loss}"
-    if args.loss != "none":
-        text += f", weight {args.weight:g}"
-    if run.step > 0:
-        text += f"; going on from step {run.step:,}"
-    text += f"; run: {args.out}"
+    text += f", {args.batch_size * RANKS} in a step; loss {args.loss}, weight {args.weight}"
+    text += f"; run: {args.out}, from step {run.step:,}"
     report(args, text, {"args": vars(args)})
     try:
         train(run)
