@@ -254,10 +254,10 @@ def read_tinyface(root):
     sources = probes + mates + distractors
     identity = np.full(len(sources), -1)  # the distractors are nobody's
     for i, path in enumerate(probes + mates):
-        person, separator, _ = Path(path).name.partition("_")
-        if not (person.isdecimal() and separator):
+        name = re.fullmatch(r"(\d{1,9})_.*", os.path.basename(path))
+        if name is None:
             raise UserError(f"{path}: expected names such as 12_3.jpg, image 3 of person 12")
-        identity[i] = int(person)
+        identity[i] = int(name[1])
     gallery = np.arange(len(probes), len(sources))
     name = f"TinyFace, {len(distractors)} distractors"
     probes = {"all": np.arange(len(probes))}
@@ -680,10 +680,10 @@ def new_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError):  # torch.save puts a RuntimeError upon it
-            error = error.__context__
+        if isinstance(error, RuntimeError):  # torch.save puts one upon an OSError, or a Ctrl-C
+            error = error.__context__ or error
         if not isinstance(error, OSError):
-            raise
+            raise error from None
         raise UserError(f"{path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):

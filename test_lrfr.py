@@ -1239,25 +1239,36 @@ def test_resuming_refuses_contradictions_and_damage(folder):
 def test_a_job_that_moves_goes_on(folder):
     """It begins with --init, which is not read again, and its data may lie elsewhere."""
     weights = IResNet(10, 16, 128).state_dict()
-    torch.save(weights, "init.pt")
+    os.mkdir("A")
+    torch.save(weights, "A/last.pt")
     shutil.copytree(folder, "here")
     options = {"batch_size": 24, "holdout": 2, "lr": 0}
-    tiny_run(data="here", init="init.pt", **options)
+    tiny_run(data="here", init="A/last.pt", **options)
     os.rename("here", "there")
     os.symlink("there", "link")
-    os.remove("init.pt")
-    assert tiny_run(data="link", init="init.pt", epochs=2, **options)["step"] == 2
+    os.remove("A/last.pt")
+    assert tiny_run(data="link", init="A/last.pt", epochs=2, **options)["step"] == 2
     assert tiny_run(data="there", epochs=3, **options)["step"] == 3
-    state = tiny_run(data="there", init="elsewhere/init.pt", epochs=4, **options)
+    state = tiny_run(data="there", init="elsewhere/A/last.pt", epochs=4, **options)
     assert state["step"] == 4
-    with pytest.raises(UserError, match=r"last.pt was made with init .*init.pt, not .*other.pt"):
-        tiny_run(data="there", init="other.pt", epochs=5, **options)
+    with pytest.raises(UserError, match=r"last.pt was made with init A/last.pt, not B/last.pt"):
+        tiny_run(data="there", init="B/last.pt", epochs=5, **options)
     assert torch.equal(state["backbone"]["fc.weight"], weights["fc.weight"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder):
     with pytest.raises(UserError, match=r"loss .*(nan|inf) at step \d+: .*lower --lr"):
         tiny_run(data=folder, epochs=9, lr=1e9)
+
+
+def test_ctrl_c_while_torch_writes_is_still_ctrl_c():
+    """torch.save makes a RuntimeError of whatever ends it."""
+    with pytest.raises(KeyboardInterrupt), evaluate.new_file("run/last.pt"):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 10 vs 9") from None
+    assert not any(Path("run").iterdir())
 
 
 @pytest.mark.parametrize("save", [pickle.dump, torch.save])

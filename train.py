@@ -373,8 +373,8 @@ def check_same(args, state):
     may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
     for key, old in state["args"].items():
         new = getattr(args, key, old)
-        if key == "init" and old and new:  # the same file may lie elsewhere
-            old, new = Path(old).name, Path(new).name
+        if key == "init" and old and new:  # elsewhere, runs/A/last.pt may be data/A/last.pt
+            old, new = Path(*Path(old).parts[-2:]), Path(*Path(new).parts[-2:])
         if key not in may_change and new not in (None, old):  # None: not given
             what = f"{key} {old}, not {new}"
             if key == "fingerprint":
@@ -525,6 +525,8 @@ class RecordFaces(Faces):
                     offsets = offsets[(keys > keys[0]) & (keys < end)]  # what holds an image
                 if not image and properties.exists():
                     classes, _, _ = properties.read_text().partition(",")
+                    if not 0 < int(classes) <= len(offsets):
+                        raise ValueError(f"{classes} identities, but {len(offsets)} images")
                     labels = range(int(classes))  # as keys, 0 and the records' 0.0 are equal
                 else:
                     labels = {read_record(file, offset)[0] for offset in offsets}
