@@ -392,7 +392,7 @@ def evaluate(backbones, benchmark, resolutions, settings, degrade=lrfr.degrade):
 
     Pairs are degraded to each of the resolutions; a benchmark without pairs is taken as it is.
     degrade: a function of (N, 3, 112, 112) images in [-1, 1] and px -> the same degraded, such as
-    lrfr.degrade or lrfr.photograph. At 112 px it is not called.
+    lrfr.degrade or lrfr.photograph (which draws: seed torch first). At 112 px it is not called.
     """
     if benchmark.pairs is None:
         resolutions = [SIZE]

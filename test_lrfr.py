@@ -1236,24 +1236,31 @@ def test_resuming_refuses_contradictions_and_damage(folder):
         tiny_run(**options)
 
 
-def test_a_job_that_moves_goes_on(folder):
-    """It begins with --init, which is not read again, and its data may lie elsewhere."""
+def test_a_job_whose_data_move_goes_on(folder):
+    """It begins with --init, which is not read again."""
     weights = IResNet(10, 16, 128).state_dict()
-    os.mkdir("A")
-    torch.save(weights, "A/last.pt")
+    torch.save(weights, "init.pt")
     shutil.copytree(folder, "here")
     options = {"batch_size": 24, "holdout": 2, "lr": 0}
-    tiny_run(data="here", init="A/last.pt", **options)
+    tiny_run(data="here", init="init.pt", **options)
     os.rename("here", "there")
     os.symlink("there", "link")
-    os.remove("A/last.pt")
-    assert tiny_run(data="link", init="A/last.pt", epochs=2, **options)["step"] == 2
-    assert tiny_run(data="there", epochs=3, **options)["step"] == 3
-    state = tiny_run(data="there", init="elsewhere/A/last.pt", epochs=4, **options)
-    assert state["step"] == 4
-    with pytest.raises(UserError, match=r"last.pt was made with init A/last.pt, not B/last.pt"):
-        tiny_run(data="there", init="B/last.pt", epochs=5, **options)
+    os.remove("init.pt")
+    tiny_run(data="link", init="init.pt", epochs=2, **options)
+    state = tiny_run(data="there", init="init.pt", epochs=3, **options)
+    assert state["step"] == 3
     assert torch.equal(state["backbone"]["fc.weight"], weights["fc.weight"])
+    for other in ({"init": "other.pt"}, {}):
+        with pytest.raises(
+            UserError, match=r"last.pt was made with init init.pt, not (other|None)"
+        ):
+            train.prepare(command(data="there", epochs=3, **other, **options))
+
+
+def test_before_the_first_step_options_may_change(folder):
+    run = train.prepare(command(data=folder, batch_size=8))
+    train.save_last(run)
+    assert tiny_run(data=folder, batch_size=16)["step"] > 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder):

@@ -74,11 +74,16 @@ def parse_arguments(argv):
     add("--lr", 0.02, "highest learning rate", number(float, 0))
     text = "random turn, shift, scale, light, against overfitting; 1: to 9 degrees, 30 %% of light"
     add("--jitter", 0.0, text, number(float, 0, 3))
-    text = "checkpoint or InsightFace weights for the backbone, whatever --backbone and --width say"
+    text = (
+        "checkpoint or InsightFace weights to begin with, of any depth and width; the head is new"
+    )
     add("--init", None, text, metavar="FILE")
     text = "identities of an image folder to evaluate, not to train on; None: 5 %%, at most 100"
     add("--holdout", None, text, number(int, 0))
-    add("--out", None, "folder of the run; None: under runs/, named after the options")
+    text = (
+        "folder of the run; None: under runs/, named after the options; new images need a new one"
+    )
+    add("--out", None, text)
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
     add("--seed", 0, "random seed", number(int, 0, 2**40))
     evaluate.add_device_options(parser)
@@ -245,8 +250,6 @@ def prepare(argv):
     choose_device(args)
     args.processes = RANKS
     state = read_last(args)
-    if state is not None and args.init is None:  # not given again: for the record in last.pt
-        args.init = state["args"].get("init")
     torch.manual_seed(args.seed)
     backbone = make_backbone(args, state)
     embed_dim = backbone.fc.out_features
@@ -348,7 +351,7 @@ def pull_of(distance, embed_dim):
 
 
 def read_last(args):
-    """The checkpoint in the run's folder, None if there is none."""
+    """The checkpoint in the run's folder, None if there is none, or nothing trained in it."""
     path = Path(args.out, "last.pt")
     if not path.exists():
         return None
@@ -362,6 +365,8 @@ def read_last(args):
         reason = evaluate.one_line(error)[:80]
         text = "is damaged, or not of train.py: move it away, or give another --out"
         raise UserError(f"{path} {text} ({reason})") from None
+    if state["step"] == 0:
+        return None
     return state
 
 
@@ -373,9 +378,7 @@ def check_same(args, state):
     may_change = {"data", "epochs", "out", "workers", "device", "amp", "save_every"}
     for key, old in state["args"].items():
         new = getattr(args, key, old)
-        if key == "init" and old and new:  # elsewhere, runs/A/last.pt may be data/A/last.pt
-            old, new = Path(*Path(old).parts[-2:]), Path(*Path(new).parts[-2:])
-        if key not in may_change and new not in (None, old):  # None: not given
+        if key not in may_change and new != old:
             what = f"{key} {old}, not {new}"
             if key == "fingerprint":
                 what = "other images or labels"
