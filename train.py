@@ -74,15 +74,11 @@ def parse_arguments(argv):
     add("--lr", 0.02, "highest learning rate", number(float, 0))
     text = "random turn, shift, scale, light, against overfitting; 1: to 9 degrees, 30 %% of light"
     add("--jitter", 0.0, text, number(float, 0, 3))
-    text = (
-        "checkpoint or InsightFace weights to begin with, of any depth and width; the head is new"
-    )
+    text = "checkpoint or InsightFace weights to begin with, of any depth and width; new head"
     add("--init", None, text, metavar="FILE")
     text = "identities of an image folder to evaluate, not to train on; None: 5 %%, at most 100"
     add("--holdout", None, text, number(int, 0))
-    text = (
-        "folder of the run; None: under runs/, named after the options; new images need a new one"
-    )
+    text = "folder of the run; None: under runs/, named after the options; one for each data set"
     add("--out", None, text)
     add("--save-every", 2000, "steps between checkpoints; an epoch ends with one", number(int, 1))
     add("--seed", 0, "random seed", number(int, 0, 2**40))
