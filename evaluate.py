@@ -73,10 +73,10 @@ class Benchmark:
         others = len(genuine) - count
         if count == 0 or others == 0 or len(genuine) < 10:
             kinds = f"{count} genuine and {others} impostor pairs"
-            raise UserError(f"{self.name}: {kinds}: a benchmark needs both, and ten in all")
+            raise UserError(f"{self.name}: {kinds}: a benchmark needs both, and ten pairs")
         for fold in np.array_split(genuine, 10):
             if len(fold) > 1 and len(set(fold)) == 1:
-                text = "there are folds with pairs of one kind: mix both, or accuracy is wrong"
+                text = "among ten folds in their order, some have pairs of one kind: mix both"
                 warn_once(f"{self.name}: {text}")
 
     def count_mates(self, probes):

@@ -826,7 +826,10 @@ def test_pairs_sorted_by_kind_are_warned_of(in_turn, capsys):
         genuine = np.arange(20) < 10
     pairs = evaluate.Pairs(np.arange(20), np.arange(20), genuine)
     evaluate.Benchmark("sorted", list(range(20)), pairs)
-    warned = "sorted: there are folds with pairs of one kind" in capsys.readouterr().err
+    warned = (
+        "sorted: among ten folds in their order, some have pairs of one kind"
+        in capsys.readouterr().err
+    )
     assert warned != in_turn
 
 
