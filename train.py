@@ -631,6 +631,7 @@ def open_demo():
 
 
 def open_records(args):
+    args.holdout = 0
     benchmarks = []
     for path in sorted(Path(args.data).glob("*.bin")):
         try:
