@@ -153,7 +153,7 @@ class PickledArray:
     """Whatever of numpy a pickle holds: keeps its bytes or its list, and makes nothing of them.
 
     An array is pickled as a call that makes an empty one, and its state: shape, type, bytes or
-    list. (numpy itself takes addresses of memory from there, and so can be made to run code.)
+    list. (numpy itself can be made to take addresses of memory from there, and crashes or worse.)
     """
 
     def __init__(self, *parts):
