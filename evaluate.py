@@ -642,6 +642,8 @@ class UserError(Exception):
 def one_line(error):
     """The message of an exception; of one in a DataLoader's process, without its traceback."""
     text = str(error) or repr(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
     if "Traceback" in text:
         last = text.strip().splitlines()[-1]
         text = last.partition(": ")[2] or text
