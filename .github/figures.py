@@ -364,7 +364,9 @@ def weights(args):
 def test_camera(pixels, px, rng):
     """Shows a face, (112, 112, 3) uint8 RGB, as a cheap camera with `px` rows of pixels on it does.
 
-    This is the camera that tests: nothing is tuned on it. The one that trains is lrfr.photograph.
+    This is the camera that tests; no setting is chosen by it. lrfr.photograph, which trains, takes
+    the same steps in code of its own, within equal or wider ranges.
+
     The steps, in this order; how strong they are is drawn uniformly for each image:
 
     optical blur    Gaussian, sigma 0.3 to 0.7 pixels of the small image. (BSRGAN and Real-ESRGAN:
